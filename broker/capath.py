@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
-from broker.crl import Trust, read_crls
+from broker.ca_certificates import MAX_REMEMBERED, CaCertificate, read_cas
+from broker.crl import Trust, read_crl, read_crls, split_crls
 from core.errors import BrokerUnavailable, ProjectionInvalid
 from core.files import access_problem, private_folder, remove_leftovers, replace_file
 from pki.encoding import encode_sequence, sequence_elements
 
 FILE_MODE, _FOLDER_MODE = 0o640, 0o750
 _MAX_REPLACED = 64  # files of CRLs that a newer one has replaced, before they are removed while no broker runs
+_FILE = re.compile(r"([0-9a-f]{8}\.r?)(0|[1-9][0-9]{0,8})")
 _STRINGS = frozenset([0x0C, 0x13, 0x14, 0x16, 0x1A, 0x1C, 0x1E])  # DER tags of the types that OpenSSL compares as text
 
 # In place of a CRL that a newer one has replaced: OpenSSL needs a CRL there, of whatever CA, and reads all at a start.
@@ -35,7 +38,6 @@ AWzIq2T3Io7TTpAQ
 """
 
 
-@functools.lru_cache(maxsize=1 << 14)  # of all CAs of all tenants, at each publication
 def name_hash(name: x509.Name) -> str:
     """Return the hash by which OpenSSL names files of a CA (``openssl x509 -subject_hash``): 8 hex digits.
 
@@ -69,37 +71,82 @@ def _length(length: int) -> bytes:
     return bytes([0x80 | len(digits)]) + digits
 
 
+@functools.lru_cache(maxsize=MAX_REMEMBERED)
+def _ca_file(authority: CaCertificate) -> tuple[str, bytes]:
+    """Return the hash of a CA's name, and the SHA-256 of its file."""
+    return name_hash(authority.certificate.subject), hashlib.sha256(authority.pem).digest()
+
+
 class CaFolder:
     """The folder; one process at a time writes in it, the caller holds the lock."""
 
     def __init__(self, path: Path, group: int | None) -> None:
         self.path = path
         self._group = group
+        self._seen: dict[str, tuple[tuple[int, ...], bytes]] = {}  # the files, as this process has read them
+        self._keys: dict[bytes, str] = {}  # the hashes of the names of CRLs, by the SHA-256 of their PEM
 
     def publish(self, trust: Trust) -> bool:
         """Add the CAs and CRLs of ``trust`` that are not the newest there; return whether there were any.
 
         The broker obeys from the next handshake on. Raise ``BrokerUnavailable`` if the folder cannot be written.
         """
-        added = False
         try:
             private_folder(self.path, mode=_FOLDER_MODE, group=self._group)
-            for ca in x509.load_pem_x509_certificates(trust.ca):
-                content = ca.public_bytes(Encoding.PEM)
-                existing = self._files(name_hash(ca.subject), "")
-                if content not in [path.read_bytes() for path in existing]:
-                    self._add(existing, f"{name_hash(ca.subject)}.", content)
-                    added = True
-            for crl, _, content in read_crls(trust.crl):
-                existing = self._files(name_hash(crl.issuer), "r")
-                if content in [path.read_bytes() for path in existing if path.stat().st_size == len(content)]:
-                    continue
-                self._add(existing, f"{name_hash(crl.issuer)}.r", content)
+            there = self._look()
+            added = [self._add(f"{key}.", content) for key, content in self._missing_cas(trust.ca, there)]
+            for key, crl, content in self._missing_crls(trust.crl, there):
+                existing = self._add(f"{key}.r", content)
                 self._replace_older(existing, crl)
-                added = True
+                added.append(existing)
         except OSError as error:
             raise BrokerUnavailable.unwritable(self.path, error) from error
-        return added
+        return bool(added)
+
+    def _look(self) -> Set[tuple[str, bytes]]:
+        """Return what OpenSSL finds: the beginning of each file's name, and the SHA-256 of its content.
+
+        A file is read only if its inode, size or times have changed since this process has read it.
+        """
+        before, self._seen = self._seen, {}
+        numbers: dict[str, dict[int, str]] = {}
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if (parts := _FILE.fullmatch(entry.name)) is None:
+                    continue
+                status = entry.stat()
+                signature = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+                known = before.get(entry.name)
+                if known is None or known[0] != signature:
+                    known = signature, self._digest(entry.name)
+                self._seen[entry.name] = known
+                numbers.setdefault(parts[1], {})[int(parts[2])] = entry.name
+        return {
+            (beginning, self._seen[name][1])
+            for beginning, named in numbers.items()
+            for name in itertools.takewhile(bool, (named.get(number, "") for number in itertools.count()))
+        }
+
+    def _digest(self, name: str) -> bytes:
+        return hashlib.sha256((self.path / name).read_bytes()).digest()
+
+    @staticmethod
+    def _missing_cas(ca_bundle: bytes, there: Set[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+        for one in read_cas(ca_bundle):
+            key, digest = _ca_file(one)
+            if (f"{key}.", digest) not in there:
+                yield key, one.pem
+
+    def _missing_crls(
+        self, pem_bundle: bytes, there: Set[tuple[str, bytes]]
+    ) -> Iterator[tuple[str, x509.CertificateRevocationList, bytes]]:
+        """Yield the CRLs to add; one that was looked at the last time is not parsed again."""
+        before, self._keys = self._keys, {}
+        for block in split_crls(pem_bundle):
+            digest = hashlib.sha256(block).digest()
+            key = self._keys[digest] = before.get(digest) or name_hash(read_crl(block).crl.issuer)
+            if (f"{key}.r", digest) not in there:
+                yield key, read_crl(block).crl, block
 
     def compact(self) -> None:
         """Remove what newer CRLs have replaced, while no broker runs: a running one would miss the next."""
@@ -113,15 +160,16 @@ class CaFolder:
         """Return why the broker could not read the folder, or ``None``: it would accept revoked certificates then."""
         return access_problem(self.path, _FOLDER_MODE, self._group, folder=True)
 
-    def _files(self, name: str, kind: str) -> list[Path]:
-        """Return the files of a CA in the order of their numbers, up to the first gap, as OpenSSL reads them."""
-        found: list[Path] = []
-        while (path := self.path / f"{name}.{kind}{len(found)}").exists():
-            found.append(path)
-        return found
+    def _add(self, beginning: str, content: bytes) -> list[Path]:
+        """Write a file with the next number, and return those that were there.
 
-    def _add(self, existing: Sequence[Path], beginning: str, content: bytes) -> None:
-        replace_file(self.path / f"{beginning}{len(existing)}", content, mode=FILE_MODE, group=self._group)
+        They are up to the first gap, as OpenSSL reads them.
+        """
+        existing: list[Path] = []
+        while (path := self.path / f"{beginning}{len(existing)}").exists():
+            existing.append(path)
+        replace_file(path, content, mode=FILE_MODE, group=self._group)
+        return existing
 
     def _replace_older(self, existing: Sequence[Path], newest: x509.CertificateRevocationList) -> None:
         """Replace the CRLs of the same CA: a broker that starts reads all files at its first handshake."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import binascii
 import hashlib
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from types import MappingProxyType
 from typing import NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
+from cryptography.exceptions import UnsupportedAlgorithm
 
+from broker.ca_certificates import CaCertificate, by_subject, name_key
 from core.errors import ProjectionInvalid
 from pki.crl import VerifyingKey, is_signed_by
 
@@ -61,118 +61,124 @@ class CrlWindow:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedCrl:
+    """A CRL whose signature was verified with the key of ``issuer``, and when it is current."""
+
+    issuer: CaCertificate
+    window: CrlWindow
+
+
 def validate_crl(
-    pem_bundle: bytes, issuers: Sequence[x509.Certificate], now: datetime, verified: set[bytes] | None = None
+    pem_bundle: bytes,
+    issuers: Sequence[CaCertificate],
+    now: datetime,
+    verified: MutableMapping[bytes, CheckedCrl] | None = None,
 ) -> CrlWindow:
     """Check a file of CRLs (PEM, RFC 5280 section 5) as strictly as the broker needs it; return when it is current.
 
     It must contain exactly one CRL of each certificate in ``issuers``, and no other, each a full CRL signed with that
     issuer's key, with thisUpdate <= ``now`` < nextUpdate. Otherwise raise ``ProjectionInvalid``: with such a file the
-    broker would accept revoked certificates, or refuse every device. ``verified`` names CRLs with CAs whose signatures
-    were verified before, which need not be again; those of this file take their place.
+    broker would accept revoked certificates, or refuse every device. ``verified`` has, by the SHA-256 of their PEM,
+    CRLs that were checked before, which need not be parsed and verified again; those of this file take their place.
     """
     if not issuers:
         raise ProjectionInvalid("There is no issuing CA to check a CRL with.")
-    named, good, windows = _by_subject(issuers), set[bytes](), []
-    for crl, der, _ in read_crls(pem_bundle):
-        issuer = _issuer_of(crl, der, named.get(crl.issuer, []), verified or (), good)
-        if issuer is None:
-            raise ProjectionInvalid(
-                "A CRL is not signed by one of the issuing CAs, or an issuing CA has two of them in the file."
-            )
-        named[issuer.subject].remove(issuer)
-        if any(extension.critical for extension in _extensions(crl)):
-            raise ProjectionInvalid("A CRL has a critical extension: the broker needs full CRLs without any.")
-        window = _window([crl])
-        if problem := window.problem(now):
-            raise ProjectionInvalid(f"The CRL of {issuer.subject.rfc4514_string()} {problem}.")
-        windows.append(window)
-    for without in (one for each in named.values() for one in each):
-        raise ProjectionInvalid(f"There is no CRL of {without.subject.rfc4514_string()} in the file.")
+    left, named = {one.fingerprint: one for one in issuers}, by_subject(issuers)
+    good = dict[bytes, CheckedCrl]()
+    for block in split_crls(pem_bundle):
+        digest = hashlib.sha256(block).digest()
+        checked = None if verified is None else verified.get(digest)
+        if checked is None or checked.issuer.fingerprint not in left:
+            read = read_crl(block)
+            named_so = named.get(name_key(read.crl.issuer), ())
+            checked = _check(read, [one for one in named_so if one.fingerprint in left])
+        del left[checked.issuer.fingerprint]
+        if problem := checked.window.problem(now):
+            raise ProjectionInvalid(f"The CRL of {_called(checked.issuer)} {problem}.")
+        good[digest] = checked
+    for without in left.values():
+        raise ProjectionInvalid(f"There is no CRL of {_called(without)} in the file.")
     if verified is not None:
         verified.clear()
-        verified |= good
-    return CrlWindow(max(one.this_update for one in windows), min(one.next_update for one in windows))
+        verified.update(good)
+    return _shared(one.window for one in good.values())
 
 
-def read_window(pem_bundle: bytes) -> CrlWindow:
-    """Return when the CRLs of a file are current; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
-    return _window([read.crl for read in read_crls(pem_bundle)])
+def _check(read: ReadCrl, candidates: Sequence[CaCertificate]) -> CheckedCrl:
+    for candidate in candidates:
+        if _is_signed_by(read.crl, read.der, _issuer_key(candidate.certificate)):
+            if any(extension.critical for extension in _extensions(read.crl)):
+                raise ProjectionInvalid("A CRL has a critical extension: the broker needs full CRLs without any.")
+            return CheckedCrl(candidate, _window(read.crl))
+    raise ProjectionInvalid(
+        "A CRL is not signed by one of the issuing CAs, or an issuing CA has two of them in the file."
+    )
 
 
-def issuing_certificates(ca_bundle: bytes) -> list[x509.Certificate]:
-    """Return the issuing CAs of a bundle (PEM): those with no CA below them there; a root alone is one.
+def _called(issuer: CaCertificate) -> str:
+    return issuer.certificate.subject.rfc4514_string()
 
-    Only their certificates may be shown by clients: of the CAs above them, which may be a company's, there is no CRL.
-    Raise ``ProjectionInvalid`` if the bundle is malformed, contains a certificate that is not a CA, or lacks an issuer.
+
+def read_window(pem_bundle: bytes, known: MutableMapping[bytes, CrlWindow] | None = None) -> CrlWindow:
+    """Return when the CRLs of a file are current; raise ``ProjectionInvalid`` if it is not a file of CRLs.
+
+    ``known`` has the windows of CRLs that were read before, by the SHA-256 of their PEM; those of this file take their
+    place.
     """
-    try:
-        certificates = x509.load_pem_x509_certificates(ca_bundle)
-        constraints = [one.extensions.get_extension_for_class(x509.BasicConstraints).value for one in certificates]
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
-        raise ProjectionInvalid("The file of CA certificates is malformed.") from error
-    if ca_bundle.count(b"-----BEGIN ") != len(certificates) or not all(one.ca for one in constraints):
-        raise ProjectionInvalid("The file of CA certificates contains something other than CA certificates.")
-    named = _by_subject(certificates)
-    above: set[x509.Certificate] = set()
-    for certificate in certificates:
-        issuers = [one for one in named.get(certificate.issuer, ()) if _is_issued_by(certificate, one)]
-        if not issuers:
-            raise ProjectionInvalid(f"The issuer of the CA {certificate.subject.rfc4514_string()} is not in the file.")
-        above.update(one for one in issuers if one != certificate)
-    return [one for one in certificates if one not in above]
+    found = dict[bytes, CrlWindow]()
+    for block in split_crls(pem_bundle):
+        digest = hashlib.sha256(block).digest()
+        seen = None if known is None else known.get(digest)
+        found[digest] = _window(read_crl(block).crl) if seen is None else seen
+    if known is not None:
+        known.clear()
+        known.update(found)
+    return _shared(found.values())
 
 
-def _by_subject(certificates: Iterable[x509.Certificate]) -> dict[x509.Name, list[x509.Certificate]]:
-    named: dict[x509.Name, list[x509.Certificate]] = {}
-    for certificate in certificates:
-        named.setdefault(certificate.subject, []).append(certificate)
-    return named
-
-
-def read_crls(pem_bundle: bytes) -> list[ReadCrl]:
-    """Return the CRLs of a file, unchecked; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
-    crls = []
+def split_crls(pem_bundle: bytes) -> list[bytes]:
+    """Return each CRL of a file as it is there, PEM; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
+    blocks = []
     position = 0
     while position < len(pem_bundle):
         # Block by block with nothing between: a damaged block must not go unnoticed beside a good one.
         block = _PEM_CRL.match(pem_bundle, position)
         if block is None:
             raise ProjectionInvalid("The file of CRLs is malformed or truncated.")
-        try:
-            der = binascii.a2b_base64(block[1].translate(None, b"\r\n"), strict_mode=True)
-            crls.append(ReadCrl(x509.load_der_x509_crl(der), der, block[0]))
-        except ValueError as error:
-            raise ProjectionInvalid("The file of CRLs contains a block that is not a CRL.") from error
+        blocks.append(block[0])
         position = block.end()
-    if not crls:
+    if not blocks:
         raise ProjectionInvalid("The file of CRLs is empty.")
-    return crls
+    return blocks
 
 
-def _window(crls: Sequence[x509.CertificateRevocationList]) -> CrlWindow:
-    ends = [crl.next_update_utc for crl in crls]
-    if None in ends:
+def read_crl(block: bytes) -> ReadCrl:
+    """Return a CRL from its PEM, unchecked; raise ``ProjectionInvalid`` if it is none."""
+    before, *between, after = block.split(b"-----")
+    if before or len(between) != 3 or (between[0], between[2]) != (b"BEGIN X509 CRL", b"END X509 CRL") or after.strip():
+        raise ProjectionInvalid("The file of CRLs is malformed or truncated.")
+    try:
+        der = binascii.a2b_base64(between[1].translate(None, b"\r\n"), strict_mode=True)
+        return ReadCrl(x509.load_der_x509_crl(der), der, block)
+    except ValueError as error:
+        raise ProjectionInvalid("The file of CRLs contains a block that is not a CRL.") from error
+
+
+def read_crls(pem_bundle: bytes) -> list[ReadCrl]:
+    """Return the CRLs of a file, unchecked; raise ``ProjectionInvalid`` if it is not a file of CRLs."""
+    return [read_crl(block) for block in split_crls(pem_bundle)]
+
+
+def _window(crl: x509.CertificateRevocationList) -> CrlWindow:
+    if crl.next_update_utc is None:
         raise ProjectionInvalid("A CRL has no nextUpdate.")
-    return CrlWindow(
-        max(crl.last_update_utc for crl in crls), min(end or datetime.min.replace(tzinfo=UTC) for end in ends)
-    )
+    return CrlWindow(crl.last_update_utc, crl.next_update_utc)
 
 
-def _issuer_of(
-    crl: x509.CertificateRevocationList,
-    der: bytes,
-    candidates: Sequence[x509.Certificate],
-    verified: Container[bytes],
-    good: set[bytes],
-) -> x509.Certificate | None:
-    """Return the candidate that signed a CRL, and add what names the two to ``good``."""
-    for candidate in candidates:
-        both = hashlib.sha256(candidate.fingerprint(hashes.SHA256()) + der).digest()
-        if both in verified or _is_signed_by(crl, der, _issuer_key(candidate)):
-            good.add(both)
-            return candidate
-    return None
+def _shared(windows: Iterable[CrlWindow]) -> CrlWindow:
+    each = list(windows)
+    return CrlWindow(max(one.this_update for one in each), min(one.next_update for one in each))
 
 
 def _is_signed_by(crl: x509.CertificateRevocationList, der: bytes, key: VerifyingKey) -> bool:
@@ -194,11 +200,3 @@ def _extensions(crl: x509.CertificateRevocationList) -> x509.Extensions:
         return crl.extensions
     except (ValueError, x509.DuplicateExtension) as error:
         raise ProjectionInvalid("A CRL has malformed extensions.") from error
-
-
-def _is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
-        return False
-    return True

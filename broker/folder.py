@@ -22,8 +22,9 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from broker.ca_certificates import issuing_cas
 from broker.capath import FILE_MODE, CaFolder
-from broker.crl import CrlWindow, Trust, issuing_certificates, read_window, validate_crl
+from broker.crl import CheckedCrl, CrlWindow, Trust, read_window, validate_crl
 from broker.process import started_at
 from broker.session import connect_unix
 from config import Settings
@@ -68,7 +69,8 @@ class BrokerFolder:
         self._ca_folder = CaFolder(settings.broker_file(CA_FOLDER), self._group)
         self._seen: dict[str, _Seen] = {}
         self._checked: tuple[str, CrlWindow] = ("", _NEVER)  # the CRLs checked last, by the digest of CRLs and CAs
-        self._signatures: set[bytes] = set()  # of the CRLs that were verified last
+        self._checked_crls: dict[bytes, CheckedCrl] = {}  # the CRLs that were checked last
+        self._windows: dict[bytes, CrlWindow] = {}  # of the CRLs that were read last
         self._lock = threading.Lock()
 
     def _check(self, generation: int, trust: Trust) -> None:
@@ -84,7 +86,7 @@ class BrokerFolder:
             self._checked = (digest, self._validate(trust))
 
     def _validate(self, trust: Trust) -> CrlWindow:
-        return validate_crl(trust.crl, issuing_certificates(trust.ca), self._clock(), self._signatures)
+        return validate_crl(trust.crl, issuing_cas(trust.ca), self._clock(), self._checked_crls)
 
     def _check_order(self, generation: int) -> None:
         """Raise ``ProjectionInvalid`` if a newer generation is installed."""
@@ -276,7 +278,7 @@ class BrokerFolder:
                 window = None
                 if name == CRL_FILE:
                     with contextlib.suppress(ProjectionInvalid):
-                        window = read_window(content)
+                        window = read_window(content, self._windows)
                 seen = self._seen[name] = _Seen(signature, hashlib.sha256(content).hexdigest(), window)
         return seen
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import errno
 import re
 import select
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from broker.ca_certificates import read_cas
 from broker.session import Session, remaining
-from core.errors import BrokerNotEnforcing, BrokerUnavailable
+from core.errors import BrokerNotEnforcing, BrokerUnavailable, ProjectionInvalid
 from core.setting_values import Address
 
 CERTIFICATE_REVOKED = 44  # TLS alert (RFC 8446 section 6)
@@ -92,8 +93,8 @@ def connect(addresses: Sequence[Address], seconds: float) -> socket.socket:
 class Probe:
     """Asks the broker at the first of ``addresses`` at which anything listens.
 
-    Its certificate must verify under ``ca_file``, or those of ``further`` that exist, for ``host``, the name by which
-    devices reach it.
+    Its certificate must verify under the roots in ``ca_file``, or what those of ``further`` that exist have, for
+    ``host``, the name by which devices reach it.
     """
 
     def __init__(self, host: str, addresses: Sequence[Address], ca_file: Path, further: Sequence[Path] = ()) -> None:
@@ -102,6 +103,7 @@ class Probe:
         self._ca_file = ca_file
         self._further = further
         self._contexts: dict[ProbeCertificate, tuple[object, ssl.SSLContext]] = {}
+        self._files: dict[Path, tuple[tuple[int, ...], str]] = {}  # what is trusted of each, as it was when last read
         self._lock = threading.Lock()
 
     def run(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
@@ -212,32 +214,53 @@ class Probe:
         return _Answer(alert, reason, time.monotonic() - started)
 
     def _context(self, shown: ProbeCertificate) -> ssl.SSLContext:
-        """Return the TLS context for the certificate, cached until a file changes: making one costs a millisecond."""
-        paths = (shown.certificate, shown.key, *self._trusted())
+        """Return the TLS context for the certificate, kept until its files or the roots change.
+
+        Making one costs a millisecond, and reading a thousand CAs of tenants, which the broker shows none of, many.
+        """
         try:
-            signature = tuple((status.st_mtime_ns, status.st_ino, status.st_size) for status in map(os.stat, paths))
             with self._lock:
+                inputs = (_signature(shown.certificate), _signature(shown.key), self._trusted())
                 known = self._contexts.get(shown)
-                if known is not None and known[0] == signature:
-                    return known[1]
-                context = self._new_context(shown)
-                self._contexts[shown] = (signature, context)
+                if known is None or known[0] != inputs:
+                    known = self._contexts[shown] = (inputs, self._new_context(shown))
+                return known[1]
         except OSError as error:
             raise BrokerUnavailable(
                 f"The probe certificate {shown.certificate}, its key or {self._ca_file} cannot be read: {_said(error)}."
             ) from error
-        return context
 
-    def _trusted(self) -> list[Path]:
-        return [self._ca_file, *(path for path in self._further if path.exists())]
+    def _trusted(self) -> str:
+        """Return what the broker's certificate may be verified by, PEM: roots, and all that is in the further files."""
+        further = (path for path in self._further if path.exists())
+        return "".join([self._read(self._ca_file, _roots), *(self._read(path, bytes.decode) for path in further)])
+
+    def _read(self, path: Path, part: Callable[[bytes], str]) -> str:
+        """Return a part of a file; read it only if it has changed."""
+        signature = _signature(path)
+        seen = self._files.get(path)
+        if seen is None or seen[0] != signature:
+            seen = self._files[path] = (signature, part(path.read_bytes()))
+        return seen[1]
 
     def _new_context(self, shown: ProbeCertificate) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        for path in self._trusted():
-            context.load_verify_locations(path)
+        context.load_verify_locations(cadata=self._trusted())
         context.load_cert_chain(shown.certificate, shown.key)
         return context
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _roots(ca_bundle: bytes) -> str:
+    try:
+        return b"".join(one.pem for one in read_cas(ca_bundle) if one.names_itself).decode()
+    except ProjectionInvalid as error:
+        raise OSError(errno.EINVAL, error.detail.rstrip(".")) from error
 
 
 def _await_verdict(secure: ssl.SSLSocket, seconds: float) -> None:

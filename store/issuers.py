@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -100,6 +100,34 @@ def list_issuers(tx: Connection, *, retired: bool = False, tenant_id: str | None
     return [IssuerRecord(*row) for row in tx.execute(query)]
 
 
+def are_any(tx: Connection) -> bool:
+    """Return whether there is any active CA, as there is from the first start on."""
+    return tx.execute(_ACTIVE.with_only_columns(IssuerRow.id).limit(1)).first() is not None
+
+
+IssuerMark: TypeAlias = tuple[Any, ...]  # only to be compared with another one
+# Without the conversion of times and states, which would take most of the time.
+_MARKS = sa.select(
+    IssuerRow.id,
+    *(
+        sa.type_coerce(column, sa.types.NullType())
+        for column in (IssuerRow.fingerprint, IssuerRow.status, IssuerRow.issuing_since, IssuerRow.servers_since)
+    ),
+).order_by(IssuerRow.id)
+
+
+def issuer_marks(tx: Connection) -> dict[int, IssuerMark]:
+    """Return what changes with each CA, retired ones too, by its row, in the order in which they were added."""
+    return {mark[0]: tuple(mark) for mark in tx.execute(_MARKS)}
+
+
+def read_issuers(tx: Connection, issuer_ids: Sequence[int]) -> Iterator[IssuerRecord]:
+    """Yield the CAs of these rows."""
+    for start in range(0, len(issuer_ids), _AT_ONCE):
+        query = _ALL.where(IssuerRow.id.in_(issuer_ids[start : start + _AT_ONCE]))
+        yield from (IssuerRecord(*row) for row in tx.execute(query))
+
+
 def touch_issuer(tx: Connection, issuer_id: int, *, generation: int) -> None:
     """Record that the list of the issuer's revoked certificates changed at ``generation``."""
     tx.execute(sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(revoked_generation=generation))
@@ -166,14 +194,47 @@ _STATES = (
     .outerjoin_from(IssuerRow, Crl, Crl.issuer_id == IssuerRow.id)
     .order_by(IssuerRow.id)
 )
+_TIMES = (Crl.this_update, Crl.next_update)
+_STATE_MARKS = (
+    sa.select(
+        IssuerRow.id,
+        IssuerRow.revoked_generation,
+        Crl.number,
+        Crl.generation,
+        *(sa.type_coerce(column, sa.types.NullType()) for column in _TIMES),
+    )
+    .outerjoin_from(IssuerRow, Crl, Crl.issuer_id == IssuerRow.id)
+    .order_by(IssuerRow.id)
+)
 
 
-def crl_states(tx: Connection) -> dict[int, CrlState]:
-    """Return what there is of CRLs of each CA, retired ones too, by the row of the CA."""
-    return {
-        issuer_id: CrlState(None if head[0] is None else CrlHead(*head), changed_at)
-        for issuer_id, changed_at, *head in tx.execute(_STATES)
-    }
+def crl_states(tx: Connection, issuer_ids: Sequence[int] | None = None) -> dict[int, CrlState]:
+    """Return what there is of CRLs of each CA, or of some, retired ones too, by the row of the CA."""
+    if issuer_ids is None:
+        return {row[0]: _state(row) for row in tx.execute(_STATES)}
+    parts = (issuer_ids[start : start + _AT_ONCE] for start in range(0, len(issuer_ids), _AT_ONCE))
+    return {row[0]: _state(row) for some in parts for row in tx.execute(_STATES.where(IssuerRow.id.in_(some)))}
+
+
+def _state(row: sa.Row[Any]) -> CrlState:
+    _issuer, changed_at, *head = tuple[Any, ...](row)
+    return CrlState(None if head[0] is None else CrlHead(*head), changed_at)
+
+
+class KnownCrlStates:
+    """What there is of CRLs of each CA, as a process has read it last: only what has changed is read again."""
+
+    def __init__(self) -> None:
+        self._marks: dict[int, IssuerMark] = {}
+        self._states: dict[int, CrlState] = {}
+
+    def read(self, tx: Connection) -> Mapping[int, CrlState]:
+        """Return what ``crl_states`` does."""
+        marks = {mark[0]: tuple(mark) for mark in tx.execute(_STATE_MARKS)}
+        changed = crl_states(tx, [row for row, mark in marks.items() if self._marks.get(row) != mark])
+        self._states = {row: changed.get(row) or self._states[row] for row in marks}
+        self._marks = marks
+        return self._states
 
 
 def list_crls(tx: Connection, issuer_ids: Sequence[int]) -> Iterator[CrlRecord]:

@@ -77,6 +77,21 @@ def is_tenant(tx: Connection, tenant_id: str) -> bool:
     return tx.execute(sa.select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is not None
 
 
+def status_of(tx: Connection, tenant_id: str) -> TenantStatus | None:
+    """Return the status of a tenant, ``None`` if there is none of this name."""
+    status = tx.execute(sa.select(Tenant.status).where(Tenant.id == tenant_id)).scalar_one_or_none()
+    return None if status is None else TenantStatus(status)
+
+
+def overlapping_prefixes(tx: Connection, prefix: str) -> Sequence[tuple[str, str]]:
+    """Return the tenants, but the first, below whose topic prefix ``prefix`` is, or whose is below it, with that."""
+    levels = prefix.split("/")
+    above = ["/".join(levels[:count]) for count in range(1, len(levels) + 1)]
+    below = Tenant.topic_prefix.startswith(f"{prefix}/", autoescape=True)
+    query = sa.select(Tenant.id, Tenant.topic_prefix).where(sa.or_(Tenant.topic_prefix.in_(above), below))
+    return [(tenant_id, str(theirs)) for tenant_id, theirs in tx.execute(query.order_by(Tenant.id))]
+
+
 def tenant_ids(tx: Connection) -> Sequence[str]:
     """Return the names of all tenants, in their order."""
     return tx.execute(sa.select(Tenant.id).order_by(Tenant.id)).scalars().all()
@@ -105,10 +120,13 @@ def changed_tenants(tx: Connection, *, since: int) -> Sequence[TenantRecord]:
     return [_record(row) for row in tx.execute(query)]
 
 
+_GET = sa.select(*_TENANT_COLUMNS).where(Tenant.id == sa.bindparam("wanted"))  # built once: requests run it
+_GET_LOCKED = _GET.with_for_update()
+
+
 def get_tenant(tx: Connection, tenant_id: str, *, for_update: bool = False) -> TenantRecord:
     """Return a tenant, locked until the transaction ends if it is to be changed; raises ``NotFound``."""
-    query = sa.select(*_TENANT_COLUMNS).where(Tenant.id == tenant_id)
-    row = tx.execute(query.with_for_update() if for_update else query).one_or_none()
+    row = tx.execute(_GET_LOCKED if for_update else _GET, {"wanted": tenant_id}).one_or_none()
     if row is None:
         raise NotFound("There is no tenant of this name; list them with GET /tenants.")
     return _record(row)
@@ -144,14 +162,9 @@ def update_tenant(tx: Connection, record: TenantRecord) -> None:
 
 
 def _record(row: sa.Row[Any]) -> TenantRecord:
-    values = row._asdict()
+    tenant_id, status, topic_prefix, choices, quotas, *rest = tuple[Any, ...](row)
     return TenantRecord(
-        **values
-        | {
-            "status": TenantStatus(values["status"]),
-            "choices": TenantChoices(**values["choices"]),
-            "quotas": Quotas(**values["quotas"]),
-        }
+        tenant_id, TenantStatus(status), topic_prefix, TenantChoices(**choices), Quotas(**quotas), *rest
     )
 
 

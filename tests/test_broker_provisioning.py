@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from broker import process
+from broker.ca_certificates import ca_certificate
 from broker.control import RestartReason
 from broker.crl import Trust, validate_crl
 from broker.files.acl import Acl
@@ -197,7 +198,7 @@ def test_every_issuing_ca_needs_a_crl_of_its_own(place: Place) -> None:
 
 def test_two_keys_under_one_name_are_two_issuing_cas(place: Place) -> None:
     twin = Authority(place.pki.issuing.common_name, issuer=place.pki.root)
-    issuers = [place.pki.issuing.certificate, twin.certificate]
+    issuers = [ca_certificate(one.certificate) for one in (place.pki.issuing, twin)]
     with pytest.raises(ProjectionInvalid, match="no CRL of"):
         validate_crl(place.pki.issuing.crl(), issuers, place.now)
     validate_crl(twin.crl() + place.pki.issuing.crl(), issuers, place.now)
@@ -209,7 +210,7 @@ def test_the_window_of_several_crls_is_the_one_they_share(place: Place) -> None:
     window = validate_crl(
         place.pki.issuing.crl(this_update=start, next_update=end + timedelta(days=3))
         + second.crl(this_update=start - timedelta(days=1), next_update=end + timedelta(days=1)),
-        [place.pki.issuing.certificate, second.certificate],
+        [ca_certificate(one.certificate) for one in (place.pki.issuing, second)],
         place.now,
     )
     assert (window.this_update, window.next_update) == (start, end + timedelta(days=1))

@@ -46,9 +46,14 @@ def on_broker(record: TenantRecord) -> TenantOnBroker:
     return TenantOnBroker(record.id, record.topic_prefix or record.id, record.status is not TenantStatus.ACTIVE)
 
 
-def complete_draft(draft: Draft, tx: Connection, issuers: Issuers, now: datetime) -> None:
-    """Add to the broker's next generation all that has changed since the one that it is based on."""
-    since, every, known = draft.since, draft.lists_every_device, BrokerTenants(tx)
+def complete_draft(
+    draft: Draft, tx: Connection, issuers: Issuers, now: datetime, known: BrokerTenants | None = None
+) -> None:
+    """Add to the broker's next generation all that has changed since the one that it is based on.
+
+    ``known`` are the tenants as this transaction sees them, if others need them, too.
+    """
+    since, every, known = draft.since, draft.lists_every_device, known or BrokerTenants(tx)
     if draft.lists_tenants:
         for tenant in known.changed(since):
             draft.tell_tenant(tenant)

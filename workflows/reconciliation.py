@@ -405,9 +405,10 @@ class Reconciler:
                 state = generations.get_broker_state(tx)
                 draft = self._broker.draft(state.applied_generation)
                 issuers = self._authority.seen_by(tx)
-                complete_draft(draft, tx, issuers, self._clock())
+                known = BrokerTenants(tx)
+                complete_draft(draft, tx, issuers, self._clock(), known)
                 failpoint("apply.after_snapshot")
-                disconnected, revoked, narrowed = self._sessions_to_end(tx, since=state.applied_generation)
+                disconnected, revoked, narrowed = self._sessions_to_end(tx, known, since=state.applied_generation)
             puts_off = not with_crls and draft.puts_off_crls(issuers.broker_ca, issuers.tenants)
             crls: Sequence[CrlRecord] = ()
             if not puts_off:
@@ -418,10 +419,12 @@ class Reconciler:
                 draft.discard()
             raise
 
-    def _sessions_to_end(self, tx: Connection, *, since: int) -> tuple[Sequence[str], Mapping[str, str], Sequence[str]]:
+    def _sessions_to_end(
+        self, tx: Connection, known: BrokerTenants, *, since: int
+    ) -> tuple[Sequence[str], Mapping[str, str], Sequence[str]]:
         """Return whose sessions must end, which of them were revoked, and who has lost topics only."""
         disconnected = generations.devices_to_disconnect(tx, since=since)
-        known, revoked = BrokerTenants(tx), generations.revoked_since(tx, since) if disconnected else {}
+        revoked = generations.revoked_since(tx, since) if disconnected else {}
         prefixes = {
             device_id: self._settings.topic_prefix if (tenant := known.of(tenant_id)) is None else tenant.prefix
             for device_id, tenant_id in revoked.items()

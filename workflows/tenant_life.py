@@ -152,11 +152,10 @@ class Tenants:
 
     def _check_free(self, tx: Connection, wanted: NewTenant) -> None:
         """Raise ``StateConflict`` if the name or topics of a tenant are another one's."""
-        for other in tenants.list_tenants(tx):
-            if other.id == wanted.name and other.status is TenantStatus.REMOVED:
-                raise StateConflict("A tenant of this name was removed, and is still kept; take another name.")
-            if other.id == wanted.name:
-                raise StateConflict("There is a tenant of this name already; take another name.")
+        if (status := tenants.status_of(tx, wanted.name)) is TenantStatus.REMOVED:
+            raise StateConflict("A tenant of this name was removed, and is still kept; take another name.")
+        if status is not None:
+            raise StateConflict("There is a tenant of this name already; take another name.")
         check_topics_free(tx, wanted.name, wanted.prefix, self._settings)
         # What the first one may use was checked by the settings of then, which may have had further prefixes.
         if older := tenants.topics_reaching(tx, DEFAULT_TENANT, wanted.prefix):
@@ -253,10 +252,11 @@ class Tenants:
 
 def check_topics_free(tx: Connection, name: str, prefix: str, settings: Settings) -> None:
     """Raise ``StateConflict`` if topics below a prefix are those of a tenant of another name."""
-    for other in tenants.list_tenants(tx):
-        theirs = settings.application_prefixes if other.topic_prefix is None else (other.topic_prefix,)
-        if other.id != name and (taken := overlapping(prefix, theirs)) is not None:
-            raise StateConflict(f"The topics of the tenant {other.id} are below {taken}; take another prefix.")
+    found = [one for one in tenants.overlapping_prefixes(tx, prefix) if one[0] != name]
+    if name != DEFAULT_TENANT and (taken := overlapping(prefix, settings.application_prefixes)) is not None:
+        found.append((DEFAULT_TENANT, taken))
+    for other, taken in sorted(found)[:1]:
+        raise StateConflict(f"The topics of the tenant {other} are below {taken}; take another prefix.")
 
 
 def check_not_first(record: TenantRecord, status: TenantStatus) -> None:
@@ -296,5 +296,5 @@ def _canonical(wanted: NewTenant) -> bytes:
 
 def record_of_both(tx: Connection, actor: Actor, action: str, name: str, now: datetime, **detail: Any) -> None:
     """Write what was done to a tenant into the actor's audit record and into its own."""
-    for owner in dict.fromkeys((actor.tenant_id, name)):
+    for owner in sorted({actor.tenant_id, name}):  # as audit.lock_audit_heads
         audit.record(tx, dataclasses.replace(actor, tenant_id=owner), action, f"tenant:{name}", at=now, **detail)

@@ -7,13 +7,13 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cryptography.hazmat.primitives.serialization import Encoding
-
+from broker.ca_certificates import issuing_cas
 from broker.control import PresenceReports, RestartReason
-from broker.crl import Trust, issuing_certificates
+from broker.crl import Trust
 from broker.folder import CRLS_READ
 from broker.guard import journal
 from broker.guard.access import GuardAccess, NoJournal
@@ -58,6 +58,16 @@ _LOOK_SECONDS = 1.0  # to ask whether the guard knows tenants
 _COMPACTED_AT = 4  # times its size when it was begun, or of 1 MiB
 
 
+@dataclass(frozen=True, slots=True)
+class _Issuers:
+    """The hashes of issuing CAs, by the CAs' PEM and whose they are, and those of the first tenant's."""
+
+    ca: bytes
+    tenants: Mapping[str, str]
+    hashes: NamedIssuers
+    of_first: frozenset[str]
+
+
 class GuardControl:
     """Appends changes to the journal, and asks the guard over the internal listener whether they are in force."""
 
@@ -67,11 +77,8 @@ class GuardControl:
         self._clock = clock
         self._distrusted = False  # whether the journal was found damaged, so that the next one is a new one
         self._told = ToldByJournal(self.files.journal)
-        self._issuers: tuple[bytes, Mapping[str, str], NamedIssuers] = (
-            b"",
-            {},
-            (),
-        )  # by the CAs' PEM, and whose they are
+        self._issuers = _Issuers(b"", {}, (), frozenset())
+        self._hashes: dict[bytes, tuple[str, ...]] = {}  # of each CA, by its fingerprint
         self._unsynced: Unsynced | None = None  # what was appended last
         self._known_version = 0  # of the guard, which each process of the portal asks for once
 
@@ -97,26 +104,35 @@ class GuardControl:
 
     def issuers(self, ca: bytes, tenants: Mapping[str, str]) -> NamedIssuers:
         """Return the hashes that name the issuing CAs to the guard, in the order in which it is to read them."""
-        if self._issuers[0] != ca or (self._issuers[1] is not tenants and self._issuers[1] != tenants):
-            named = [
-                (issuer_hash, tenants.get(hashlib.sha256(each.public_bytes(Encoding.DER)).hexdigest()))
-                for each in issuing_certificates(ca)
-                for issuer_hash in journal.issuer_hashes(each)
-            ]
-            self._issuers = (ca, tenants, tuple(named))
-        return self._issuers[2]
+        return self._named(ca, tenants).hashes
+
+    def _named(self, ca: bytes, tenants: Mapping[str, str]) -> _Issuers:
+        known = self._issuers
+        if known.ca != ca or (known.tenants is not tenants and known.tenants != tenants):
+            before, self._hashes = self._hashes, {}
+            for each in issuing_cas(ca):
+                own = before.get(each.fingerprint) or tuple(journal.issuer_hashes(each.certificate))
+                self._hashes[each.fingerprint] = own
+            hashes = tuple(
+                (issuer_hash, tenants.get(fingerprint.hex()))
+                for fingerprint, own in self._hashes.items()
+                for issuer_hash in own
+            )
+            of_first = frozenset(issuer_hash for issuer_hash, tenant in hashes if tenant is None)
+            self._issuers = known = _Issuers(ca, tenants, hashes, of_first)
+        return known
 
     def told_by(self, writer: JournalAppend | NewJournal) -> Told:
         """Return what a journal has told that is continued, nothing if it is a new one."""
         return self._told.at(writer.position) if isinstance(writer, JournalAppend) else Told()
 
-    def has_told(self, issuers: NamedIssuers, draft: GuardDraft) -> bool:
-        """Return whether the guard knows all of the issuing CAs, and the portal's password."""
-        stated = self.files.stated()
+    def has_told(self, ca: bytes, tenants: Mapping[str, str], draft: GuardDraft) -> bool:
+        """Return whether the guard knows all of the issuing CAs (PEM), and the portal's password."""
+        stated, named = self.files.stated(), self._named(ca, tenants)
         return (
-            {issuer for issuer, tenant in issuers if tenant is None} <= {*stated.get("issuers", ())}
+            named.of_first.issubset(stated.get("issuers", ()))
             and stated.get("portal") == self._password_hash()
-            and (all(tenant is None for _, tenant in issuers) or draft.told.has(issuers))
+            and (not tenants or draft.told.has(named.hashes))
         )
 
     def distrust(self) -> None:
@@ -162,8 +178,9 @@ class GuardControl:
         self.files.check(generation, trust)
         self._sync()
         before = self.files.stated() if isinstance(writer, JournalAppend) else {}
-        issuers = [issuer for issuer, tenant in self.issuers(trust.ca, trust.tenants) if tenant is None]
+        named = self._named(trust.ca, trust.tenants)
         known = set(before.get("issuers", ()))
+        issuers = [issuer for issuer, tenant in named.hashes if tenant is None]  # in this order
         for issuer in issuers:
             if issuer not in known:
                 writer.add(journal.issuer_line(issuer))

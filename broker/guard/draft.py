@@ -124,7 +124,7 @@ class GuardDraft(GuardAccess):
         return (
             not self._urgent
             and isinstance(self._journal, JournalAppend)
-            and control.has_told(control.issuers(ca, tenants), self)
+            and control.has_told(ca, tenants, self)
             and control.is_whole()
         )
 

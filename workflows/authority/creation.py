@@ -40,7 +40,7 @@ def open_authority(
     Raises ``CaKeyUnavailable`` if an issuing key is missing or cannot be decrypted; the root's may be elsewhere.
     """
     with database.snapshot() as tx:
-        there = bool(store_issuers.list_issuers(tx))
+        there = store_issuers.are_any(tx)
     if not there:
         _create(database, keys, settings, tenant_id, now)
     return Authority(database, keys)
@@ -107,7 +107,8 @@ def create_tenant_issuer(
     """
     tenant_id = actor.tenant_id
     with database.snapshot(sees=ALL_TENANTS) as tx:
-        issuers, current = store_issuers.list_issuers(tx, retired=True), authority.seen_by(tx)
+        issuers = store_issuers.list_issuers(tx, retired=True, tenant_id=tenant_id)
+        current = authority.seen_by(tx)
     if current.has_issuing(tenant_id):
         return None
     if own_root:

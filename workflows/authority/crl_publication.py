@@ -22,7 +22,7 @@ from pki.encoding import PemOfSuccessors
 from store import generations
 from store import issuers as store_issuers
 from store.database import Database
-from store.issuers import CrlHead, CrlRecord
+from store.issuers import CrlHead, CrlRecord, KnownCrlStates
 from store.scope import ALL_TENANTS
 from workflows.authority.crls import RevokedEntries, crl_is_due, next_crl
 from workflows.authority.issuers import Authority, Issuers, RecordedIssuer
@@ -61,7 +61,8 @@ class CrlPublication:
         self._first_tenant = first_tenant
         self.lock = FileLock(settings.data_dir / ".crl.lock")
         self._revoked = RevokedEntries()
-        self._crl_pem: dict[CrlHead, bytes] = {}  # of each issuer's newest CRL
+        self._states = KnownCrlStates()
+        self._crl_pem: dict[int, tuple[CrlHead, bytes]] = {}  # the newest CRL of each issuer
         self._crl_writers: dict[int, PemOfSuccessors] = {}  # by issuer
         self._woken = threading.Event()
 
@@ -161,7 +162,7 @@ class CrlPublication:
             self._show_next_crl(now)
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             generation = generations.get_broker_state(tx).generation
-            issuers, states = self._authority.seen_by(tx), store_issuers.crl_states(tx)
+            issuers, states = self._authority.seen_by(tx), self._states.read(tx)
             due = [recorded for recorded in issuers.with_crl() if crl_is_due(states[recorded.id], now=now)]
             for recorded in due:
                 signed += self._next(tx, recorded, states[recorded.id].newest, generation, now)
@@ -192,7 +193,7 @@ class CrlPublication:
         """If certificates were revoked, have the next CRL list one whose refusal shows that the broker has it."""
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             generation = generations.get_broker_state(tx).generation
-            states = store_issuers.crl_states(tx)
+            states = self._states.read(tx)
             changed = [
                 recorded
                 for recorded in self._authority.seen_by(tx).with_crl()
@@ -216,19 +217,24 @@ class CrlPublication:
         CRL of each CA, and refuses the devices of one that it does not know.
         """
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            states, now = store_issuers.crl_states(tx), self._clock()
+            states, now = self._states.read(tx), self._clock()
             heads = [
                 head
                 for one in issuers.with_crl()
                 if (head := states[one.id].newest) and self._is_usable(one, head, now)
             ]
-            new = [head.issuer_id for head in heads if head not in self._crl_pem]
+            kept = {
+                head.issuer_id: known
+                for head in heads
+                if (known := self._crl_pem.get(head.issuer_id)) is not None and known[0] == head
+            }
+            new = [head.issuer_id for head in heads if head.issuer_id not in kept]
             read = {crl.issuer_id: self._pem(crl) for crl in store_issuers.list_crls(tx, new)}
-        self._crl_pem = {head: self._crl_pem.get(head) or read[head.issuer_id] for head in heads}
+        self._crl_pem = {head.issuer_id: kept.get(head.issuer_id) or (head, read[head.issuer_id]) for head in heads}
         others = {one.id for one in issuers.with_crl() if one.tenant_id != self._first_tenant}
         left_out = others - {head.issuer_id for head in heads}
         authorities = issuers.broker_ca_without(left_out) if left_out else issuers.broker_ca
-        return Trust(b"".join(self._crl_pem.values()), authorities, issuers.tenants)
+        return Trust(b"".join(pem for _, pem in self._crl_pem.values()), authorities, issuers.tenants)
 
     def _is_usable(self, recorded: RecordedIssuer, crl: CrlHead, now: datetime) -> bool:
         return recorded.tenant_id == self._first_tenant or now < crl.next_update

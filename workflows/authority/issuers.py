@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from cryptography import x509
@@ -31,6 +31,7 @@ from store.tables import DEFAULT_TENANT
 log = logging.getLogger("portal.authority")
 
 SECONDS_BETWEEN_LOOKS = 1.0
+MAX_REMEMBERED = 1 << 15  # certificates in PEM
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +148,7 @@ class Issuers:
         records = [record for own in self._records.values() for record in own if record.id not in left_out]
         active = [one for one in records if one.kind == IssuerKind.ISSUING and one.status == IssuerStatus.ACTIVE]
         having = {one.tenant_id for one in active} | {DEFAULT_TENANT}
-        certificates = trusted_certificates([one for one in records if one.tenant_id in having])
-        return ca.chain_pem(*certificates).encode()
+        return _trusted_pem([one for one in records if one.tenant_id in having])
 
     def tenants_with_older(self) -> list[str]:
         """Return the tenants that have a CA which issues no more, and is trusted."""
@@ -176,8 +176,9 @@ class Authority:
         self._lock = threading.Lock()
         with database.snapshot(sees=ALL_TENANTS) as tx:
             self._version = store_issuers.issuers_version(tx)
-            self._seen = tuple(store_issuers.list_issuers(tx, retired=True))
-        self._current = self._load(self._seen, {})
+            self._marks = store_issuers.issuer_marks(tx)
+            self._records = {record.id: record for record in store_issuers.list_issuers(tx, retired=True)}
+        self._current = self._load(tuple(self._records.values()), {})
         self._looked_at = time.monotonic()
 
     @property
@@ -259,12 +260,16 @@ class Authority:
     def _refresh(self, tx: Connection) -> Issuers:
         version = store_issuers.issuers_version(tx)
         if version != self._version:
-            records = tuple(store_issuers.list_issuers(tx, retired=True))
-            if [_identity(record) for record in records] != [_identity(record) for record in self._seen]:
-                self._current = self._load(records, self._current.by_id)
+            marks = store_issuers.issuer_marks(tx)
+            if marks != self._marks:
+                changed = [row for row, mark in marks.items() if self._marks.get(row) != mark]
+                read = {record.id: record for record in store_issuers.read_issuers(tx, changed)}
+                records = {row: read.get(row) or self._records[row] for row in marks}
+                self._current = self._load(tuple(records.values()), self._current.by_id)
+                self._marks, self._records = marks, records
                 issuing = self._current.issuing_of(DEFAULT_TENANT).issuer.name
                 log.info("the issuers have changed", extra={"issuing": issuing})
-            self._seen, self._version = records, version
+            self._version = version
         return self._current
 
     def _load(self, records: Sequence[IssuerRecord], known: Mapping[int, RecordedIssuer]) -> Issuers:
@@ -284,7 +289,7 @@ class Authority:
             issuers=loaded,
             by_id=by_id,
             by_url_name={recorded.issuer.url_name: recorded for recorded in loaded},
-            broker_ca=ca.chain_pem(*trusted_certificates(records)).encode(),
+            broker_ca=_trusted_pem(records),
             tenants={one.fingerprint: one.tenant_id for one in records if one.tenant_id != DEFAULT_TENANT},
             _records=by_tenant,
             _issuing=issuing,
@@ -295,7 +300,7 @@ class Authority:
     def _recorded(self, record: IssuerRecord, known: RecordedIssuer | None) -> RecordedIssuer:
         retired = record.status == IssuerStatus.RETIRED
         if known is not None and known.der == record.der:
-            return dataclasses.replace(known, retired=retired)
+            return known if known.retired == retired else dataclasses.replace(known, retired=retired)
         certificate = x509.load_der_x509_certificate(record.der)
         key = self._key_of(record)
         if key is not None and not callable(key) and key.public_key() != certificate.public_key():
@@ -362,15 +367,29 @@ def url_name_of_key(certificate: x509.Certificate) -> str:
     return hashlib.sha256(spki(certificate.public_key())).hexdigest()[:40]
 
 
-def _identity(record: IssuerRecord) -> tuple[object, ...]:
-    return record.id, record.fingerprint, record.status, record.issuing_since, record.servers_since
-
-
 def trusted_certificates(records: Sequence[IssuerRecord]) -> tuple[x509.Certificate, ...]:
     """Return what these rows have to trust: the active issuing CAs, the newest first, the CAs above them, own roots."""
+    return tuple(x509.load_der_x509_certificate(der) for der in _trusted(records))
+
+
+def _trusted_pem(records: Sequence[IssuerRecord]) -> bytes:
+    """Return the same, PEM, of thousands of rows that have been read before."""
+    return b"".join(_pem(der) for der in _trusted(records))
+
+
+def _trusted(records: Sequence[IssuerRecord]) -> Iterable[bytes]:
     active = [record for record in records if record.status == IssuerStatus.ACTIVE]
-    issuing = [record for record in active if record.kind == IssuerKind.ISSUING]
-    own = [x509.load_der_x509_certificate(record.der) for record in reversed(issuing)]
-    above = [certificate for record in reversed(issuing) for certificate in decode_above(record.above)]
-    roots = [x509.load_der_x509_certificate(record.der) for record in active if record.kind == IssuerKind.ROOT]
-    return tuple(dict.fromkeys((*own, *above, *roots)))
+    issuing = [record for record in reversed(active) if record.kind == IssuerKind.ISSUING]
+    above = [der for record in issuing if record.above is not None for der in _split(record.above)]
+    roots = [record.der for record in active if record.kind == IssuerKind.ROOT]
+    return dict.fromkeys((*(record.der for record in issuing), *above, *roots))
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED)
+def _pem(der: bytes) -> bytes:
+    return x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
+
+
+@functools.lru_cache(maxsize=MAX_REMEMBERED)
+def _split(above: bytes) -> tuple[bytes, ...]:
+    return tuple(one.public_bytes(Encoding.DER) for one in decode_above(above))
