@@ -93,7 +93,9 @@ def expire(portal: Portal) -> None:
         if not deliveries.anything_due(tx, now=now):
             return
     with portal.database.transaction() as tx:
-        for tenant_id, device_id, delivery_id in deliveries.expire_deliveries(tx, now=now):
+        expired = deliveries.expire_deliveries(tx, now=now)
+        audit.lock_audit_heads(tx, (tenant_id for tenant_id, _, _ in expired))
+        for tenant_id, device_id, delivery_id in expired:
             audit.record(
                 tx,
                 audit.system_actor(tenant_id),

@@ -142,6 +142,15 @@ def lock_audit_head(tx: Connection, tenant_id: str) -> Head:
     return Head(*tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one())
 
 
+def lock_audit_heads(tx: Connection, tenant_ids: Iterable[str]) -> None:
+    """Lock the records of several tenants, before anything is appended to one of them.
+
+    Always in the order of their names: else two transactions that append to the same ones could wait for each other.
+    """
+    for tenant_id in sorted({*tenant_ids}):
+        lock_audit_head(tx, tenant_id)
+
+
 def canonical(entry: Mapping[str, Any]) -> bytes:
     """Return the canonical JSON of an entry, which contains the hash of the entry before it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -38,7 +38,12 @@ def refusals(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> dict
     and which tenant that was is not said. In a transaction that certifies, call ``lock`` first.
     """
     wanted = [claim for claim in claims if not claim.is_new]
-    known, compromised = _known(tx, tenant_id, [claim.key_fingerprint for claim in wanted])
+    return _refusals(wanted, *_known(tx, tenant_id, [claim.key_fingerprint for claim in wanted]))
+
+
+def _refusals(
+    wanted: Sequence[KeyClaim], known: Mapping[str, Any], compromised: Collection[str]
+) -> dict[str, PortalError]:
     refused: dict[str, PortalError] = {}
     taken: dict[str, str] = {}
     for claim in wanted:
@@ -70,12 +75,12 @@ def claim_keys(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> No
     Raises ``KeyCompromised`` or ``KeyInUse``; the primary key refuses a second owner, whatever was looked up here.
     """
     of_clients = [claim for claim in claims if not claim.is_new]
-    known = set[str]()
+    known: Mapping[str, Any] = {}
     if of_clients:
         lock(tx, tenant_id)
-        for error in refusals(tx, tenant_id, of_clients).values():
+        known, compromised = _known(tx, tenant_id, [claim.key_fingerprint for claim in of_clients])
+        for error in _refusals(of_clients, known, compromised).values():
             raise error
-        known |= _known(tx, tenant_id, [claim.key_fingerprint for claim in of_clients])[0].keys()
     for claim in of_clients:
         if claim.key_fingerprint in known:
             tx.execute(sa.update(DeviceKey).where(*_key(tenant_id, claim)).values(device_id=claim.device_id))

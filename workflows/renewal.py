@@ -294,12 +294,15 @@ class Renewals:
         with self._database.transaction() as tx:
             generation = db.next_generation(tx, at=now)
             undone = store_renewal.unfetched_renewals(tx, now=now)
+            owners = {renewal.tenant_id for renewal in undone}
+            owners |= {owner for owner, _ in store_renewal.ended_overlaps(tx, now=now)}
+            audit.lock_audit_heads(tx, owners)
             for renewal in undone:
                 store_renewal.undo_renewal(tx, renewal, now=now, generation=generation)
                 kind = devices.kind_of(tx, renewal.tenant_id, renewal.device_id)
                 actor, of = audit.system_actor(renewal.tenant_id), f"{kind}:{renewal.device_id}"
                 audit.record(tx, actor, f"{kind}:renew_undone", of, at=now)
-            over = store_renewal.ended_overlaps(tx, now=now)
+            over = [one for one in store_renewal.ended_overlaps(tx, now=now) if one[0] in owners]
             for owner, device_id in over:
                 ended = store_renewal.revoke_replaced(tx, owner, device_id, now=now, generation=generation)
                 actor, of = audit.system_actor(owner), f"{devices.kind_of(tx, owner, device_id)}:{device_id}"
