@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from commands import streams
 from commands.connection import ConnectionOptions
 from commands.context import CONNECTION, connection_options
 from commands.lazy import Lazy, LazyCommands
-from onboarding_portal import VERSION
+from onboarding_portal import VERSION, streams
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

@@ -1,12 +1,9 @@
-"""The portal's settings: one frozen object, read once from the environment."""
+"""The portal's settings: one frozen object, read once from the environment and a file."""
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import logging
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +15,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from core.broker_control import AclStyle, ControlKind, default_control, installed_style
 from core.errors import SettingInvalid
+from core.given_settings import gathered, sentences, variable_of
 from core.setting_values import (
     UNIX_SOCKET_PATH_LIMIT,
     Address,
@@ -50,34 +48,11 @@ from core.setting_values import (
     seconds,
 )
 
-log = logging.getLogger("portal.settings")
-
 CA_KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-3072", "rsa-4096")
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096")
-# What Kubernetes sets for a service whose name begins with "portal", with the values that it gives them.
-SERVICE_LINKS = (
-    (re.compile(r"PORTAL(_\w+)?_SERVICE_HOST"), re.compile(r"[0-9a-fA-F.:]+")),
-    (re.compile(r"PORTAL(_\w+)?_SERVICE_PORT(_\w+)?"), re.compile(r"[0-9]{1,5}")),
-    (re.compile(r"PORTAL(_\w+)?_PORT(_[0-9]+_(TCP|UDP|SCTP))?"), re.compile(r"(tcp|udp|sctp)://\S+:[0-9]{1,5}")),
-    (re.compile(r"PORTAL(_\w+)?_PORT_[0-9]+_(TCP|UDP|SCTP)_(ADDR|PORT|PROTO)"), re.compile(r"[0-9a-z.:]+")),
-)
+_PASSPHRASE = ("ca_passphrase", "ca_passphrase_file")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PORTAL_CA_FILE = "portal-ca.pem"  # in the data folder and in bundles, where HTTPS has a certificate of another issuer
-# The operator's commands and the tests read these; they may be in the server's environment, too.
-OTHER_VARIABLES = frozenset(
-    [
-        "PORTAL_URL",
-        "PORTAL_CA",
-        "PORTAL_TOKEN",
-        "PORTAL_PROFILE",
-        "PORTAL_BUNDLE_PASSWORD",
-        "PORTAL_FAILPOINT",
-        "PORTAL_DEBUG",
-        "PORTAL_SERVER_COMMAND",
-        "PORTAL_TEST_POSTGRES_URL",
-        "PORTAL_VENV",
-    ]
-)
 
 
 class EndOfPrevious(StrEnum):
@@ -104,20 +79,20 @@ def derived(default: Callable[[dict[str, Any]], Any], description: str, *, shown
     return Field(default_factory=default, description=description, repr=shown)
 
 
-def _base_url(scheme: str, address: Address, variable: str) -> str:
+def _base_url(scheme: str, bind: str, address: Address, variable: str) -> str:
     if address.is_unix:
-        raise SettingInvalid(f"{variable} must be set, because the portal listens on {address}.")
+        raise SettingInvalid(f"{variable} must be set, because the portal listens on {address}.", bind)
     try:
         on_all_addresses = ipaddress.ip_address(address.host).is_unspecified
     except ValueError:
         on_all_addresses = False
     if on_all_addresses:
-        raise SettingInvalid(f"{variable} must be set, because the portal listens on every address ({address}).")
+        raise SettingInvalid(f"{variable} must be set, because the portal listens on every address ({address}).", bind)
     return f"{scheme}://{address}"
 
 
 class Settings(BaseSettings):
-    """All settings, each from one environment variable; create it with ``Settings.from_env``.
+    """All settings, each from an environment variable or a key of the file; create it with ``Settings.from_env``.
 
     Times are in the unit that the name says. Paths are absolute.
     """
@@ -137,11 +112,11 @@ class Settings(BaseSettings):
     )
     pki_bind: PkiAddressSetting = setting("127.0.0.1:8080", "Plain HTTP listener: CRLs, OCSP and CA certificates only")
     public_url: Url = derived(
-        lambda data: _base_url("https", data["bind"], "PORTAL_PUBLIC_URL"),
+        lambda data: _base_url("https", "bind", data["bind"], "PORTAL_PUBLIC_URL"),
         "Base of download links; https:// and the HTTPS listener if empty",
     )
     pki_url: Url = derived(
-        lambda data: _base_url("http", data["pki_bind"], "PORTAL_PKI_URL"),
+        lambda data: _base_url("http", "pki_bind", data["pki_bind"], "PORTAL_PKI_URL"),
         "Base of the URLs put into certificates; http:// and the PKI listener if empty",
     )
     database_url: Annotated[str, PlainValidator(parse_database_url)] = derived(
@@ -338,18 +313,26 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read and check all settings; raise ``SettingInvalid`` with a sentence that names the variable."""
-        variables = {variable_of(name): name for name in cls.model_fields}
-        _refuse_unknown(environ, variables)
-        source = EnvSettingsSource(cls)
-        stripped = {name.lower(): environ.get(name, "").strip() for name in variables}
-        source.env_vars = {name: value for name, value in stripped.items() if value}
+        """Read and check the settings of the environment, and of the file that its ``PORTAL_CONFIG`` names, if any.
+
+        The environment wins. Raises ``SettingInvalid`` with a sentence that names the first setting that is wrong.
+        """
+        given = gathered(environ, cls.model_fields)
+        if given.problems:
+            raise SettingInvalid(given.problems[0])
         try:
-            return cls(**source())
+            return cls.of_texts(given.texts)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            reason = first.get("ctx", {}).get("error", "cannot be used")
-            raise SettingInvalid(f"{variable_of(str(first['loc'][0]))} {reason}.") from None
+            raise SettingInvalid(given.in_its_words(sentences(error)[0][1])) from None
+        except SettingInvalid as error:
+            raise SettingInvalid(given.in_its_words(error.detail)) from None
+
+    @classmethod
+    def of_texts(cls, texts: Mapping[str, str]) -> Settings:
+        """Check the texts of settings, by field; raises ``ValidationError`` and ``SettingInvalid``."""
+        source = EnvSettingsSource(cls)
+        source.env_vars = {variable_of(name).lower(): text for name, text in texts.items()}
+        return cls(**source())
 
     @classmethod
     def settings_customise_sources(
@@ -379,48 +362,51 @@ class Settings(BaseSettings):
         if path is None:
             return given
         if given:
-            raise SettingInvalid("PORTAL_CA_PASSPHRASE and PORTAL_CA_PASSPHRASE_FILE cannot both be set.")
+            raise SettingInvalid("PORTAL_CA_PASSPHRASE and PORTAL_CA_PASSPHRASE_FILE cannot both be set.", *_PASSPHRASE)
         try:
             if path.stat().st_mode & 0o027:  # a group may read it, as it may read systemd's credentials
                 raise SettingInvalid(
-                    f"PORTAL_CA_PASSPHRASE_FILE names a file that is open to others; chmod 600 {path}."
+                    f"PORTAL_CA_PASSPHRASE_FILE names a file that is open to others; chmod 600 {path}.", *_PASSPHRASE
                 )
             return long_enough(path.read_text(encoding="utf-8").strip())
         except OSError as error:
             raise SettingInvalid(
-                f"PORTAL_CA_PASSPHRASE_FILE names {path}, which cannot be read ({error.strerror})."
+                f"PORTAL_CA_PASSPHRASE_FILE names {path}, which cannot be read ({error.strerror}).", *_PASSPHRASE
             ) from None
         except ValueError as error:
-            raise SettingInvalid(f"PORTAL_CA_PASSPHRASE_FILE names {path}, whose content {error}.") from None
+            said = f"PORTAL_CA_PASSPHRASE_FILE names {path}, whose content {error}."
+            raise SettingInvalid(said, *_PASSPHRASE) from None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if len(str(self.broker_socket).encode()) > UNIX_SOCKET_PATH_LIMIT:
             raise SettingInvalid(
                 f"The path of the broker's internal socket is longer than {UNIX_SOCKET_PATH_LIMIT} bytes;"
-                " set PORTAL_BROKER_SOCKET or PORTAL_DATA_DIR to a shorter one."
+                " set PORTAL_BROKER_SOCKET or PORTAL_DATA_DIR to a shorter one.",
+                *("broker_socket", "broker_dir", "data_dir"),
             )
-        for of, pair in (
-            ("TLS", (self.tls_certificate, self.tls_key)),
-            (
-                "BROKER",
-                (self.broker_certificate, self.broker_key),
-            ),
-        ):
-            if pair.count(None) == 1:
-                raise SettingInvalid(f"PORTAL_{of}_CERTIFICATE and PORTAL_{of}_KEY must be set together, or neither.")
+        for of in ("tls", "broker"):
+            pair = f"{of}_certificate", f"{of}_key"
+            if [getattr(self, name) for name in pair].count(None) == 1:
+                first, second = map(variable_of, pair)
+                raise SettingInvalid(f"{first} and {second} must be set together, or neither.", *pair)
         if self.mail_server is not None and (len(self.mail_from) != 1 or not self.mail_to):
-            raise SettingInvalid("PORTAL_MAIL_SERVER needs PORTAL_MAIL_FROM, one address, and PORTAL_MAIL_TO.")
+            said = "PORTAL_MAIL_SERVER needs PORTAL_MAIL_FROM, one address, and PORTAL_MAIL_TO."
+            raise SettingInvalid(said, "mail_server", "mail_from", "mail_to")
         if self.mail_login_file is not None and self.mail_tls == "none":
-            raise SettingInvalid("PORTAL_MAIL_LOGIN_FILE needs TLS, since a password is not sent in the clear.")
+            said = "PORTAL_MAIL_LOGIN_FILE needs TLS, since a password is not sent in the clear."
+            raise SettingInvalid(said, "mail_login_file", "mail_tls")
         if self.oidc_issuer and not (self.oidc_client_id and self.oidc_groups):
-            raise SettingInvalid("PORTAL_OIDC_ISSUER needs PORTAL_OIDC_CLIENT_ID and PORTAL_OIDC_GROUPS.")
+            said = "PORTAL_OIDC_ISSUER needs PORTAL_OIDC_CLIENT_ID and PORTAL_OIDC_GROUPS."
+            raise SettingInvalid(said, "oidc_issuer", "oidc_client_id", "oidc_groups")
         if not self.oidc_issuer and (self.oidc_client_id or self.oidc_groups):
-            raise SettingInvalid("PORTAL_OIDC_CLIENT_ID and PORTAL_OIDC_GROUPS need PORTAL_OIDC_ISSUER.")
+            said = "PORTAL_OIDC_CLIENT_ID and PORTAL_OIDC_GROUPS need PORTAL_OIDC_ISSUER."
+            raise SettingInvalid(said, "oidc_issuer", "oidc_client_id", "oidc_groups")
         if self.bind == self.pki_bind:
-            raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.")
+            raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.", "bind", "pki_bind")
         if self.issuing_days >= self.root_days:
-            raise SettingInvalid("PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS.")
+            said = "PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS."
+            raise SettingInvalid(said, "issuing_days", "root_days")
         return self
 
     @property
@@ -492,24 +478,3 @@ class Settings(BaseSettings):
     def ocsp_dir(self) -> Path:
         """The folder, mode 0700, of the certificates and keys that sign OCSP responses."""
         return self.data_dir / "ocsp"
-
-
-def variable_of(name: str) -> str:
-    """Return the environment variable of a setting."""
-    return f"PORTAL_{name.upper()}"
-
-
-def _refuse_unknown(environ: Mapping[str, str], known: Iterable[str]) -> None:
-    names = {*known, *OTHER_VARIABLES}
-    unknown = sorted(name for name in environ if name.startswith("PORTAL_") and name not in names)
-    links = {name for name in unknown if _is_service_link(name, environ[name])}
-    if links:
-        log.warning("Variables of Kubernetes' service links are ignored: %s.", ", ".join(sorted(links)))
-    if unknown := [name for name in unknown if name not in links]:
-        nearest = difflib.get_close_matches(unknown[0], sorted(known), n=1, cutoff=0.8)
-        hint = f"did you mean {nearest[0]}? See" if nearest else "see"
-        raise SettingInvalid(f"{unknown[0]} is not a setting of the portal; {hint} the table in docs/operating.md.")
-
-
-def _is_service_link(name: str, value: str) -> bool:
-    return any(names.fullmatch(name) and values.fullmatch(value) for names, values in SERVICE_LINKS)

@@ -464,9 +464,13 @@ class StartupError(PortalError):
 
 
 class SettingInvalid(StartupError):
-    """A setting has an invalid value."""
+    """A setting has an invalid value; ``settings`` are the fields that the sentence is about, if several are."""
 
     code = "setting_invalid"
+
+    def __init__(self, detail: str, *settings: str) -> None:
+        super().__init__(detail)
+        self.settings = settings
 
 
 class CaKeyUnavailable(StartupError):

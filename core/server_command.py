@@ -15,5 +15,6 @@ def server_command(words: str) -> str:
 
 def client_command(words: str) -> str:
     """Return a command of the operator's to paste: ``./portal`` in the folder of the sources, else ``portal``."""
-    in_sources = (os.environ.get(VARIABLE) or OF_FLASK) in (OF_FLASK, "./portal-server")
+    program = (os.environ.get(VARIABLE) or OF_FLASK).partition(" --config ")[0]
+    in_sources = program in (OF_FLASK, "./portal-server")
     return f"{'./' if in_sources else ''}portal {words}"

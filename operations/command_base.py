@@ -16,6 +16,7 @@ from config import Settings
 from core import logs
 from core.errors import PortalError
 from core.server_command import server_command
+from onboarding_portal import streams
 from operations.wiring import Portal, open_portal
 
 P = ParamSpec("P")
@@ -33,16 +34,17 @@ def opened_portal() -> contextlib.closing[Portal]:
 
 
 def without_traceback(function: Callable[P, None]) -> Callable[P, None]:
-    """Report a portal's error as one sentence."""
+    """Report a portal's error as one sentence, and output that cannot be written likewise."""
 
     @functools.wraps(function)
     def run(*arguments: P.args, **options: P.kwargs) -> None:
-        logs.show_fields_in_commands()
-        try:
-            function(*arguments, **options)
-        except PortalError as error:
-            said = error.detail.replace("list them with GET /tokens", f"list them by: {server_command('token list')}")
-            raise click.ClickException(said) from error
+        with streams.guarded():
+            logs.show_fields_in_commands()
+            try:
+                function(*arguments, **options)
+            except PortalError as error:
+                by = f"list them by: {server_command('token list')}"
+                raise click.ClickException(error.detail.replace("list them with GET /tokens", by)) from error
 
     return run
 

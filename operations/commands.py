@@ -18,10 +18,11 @@ from typing import Any
 import click
 from flask import Flask
 
-from config import LogFormat, Settings, variable_of
+from config import LogFormat, Settings
 from core import logs, metrics
 from core.errors import StartupError
 from core.files import own_until_exit, replace_file
+from core.given_settings import CONFIG_VARIABLE, config_file, variable_of
 from core.server_command import server_command
 from operations import data_folder
 from operations.backup import backup as backups
@@ -30,6 +31,7 @@ from operations.backup.common import Restored
 from operations.backup.tenant_restore import restore_tenant
 from operations.ca_commands import ca_group
 from operations.command_base import opened_portal, settings_of_app, without_traceback
+from operations.config_commands import config_group
 from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
 from operations.installation_files import write_files
@@ -232,7 +234,8 @@ def _given_settings(settings: Settings) -> dict[str, str]:
         "broker_reload",
     }
     given = {variable_of(name) for name in settings.model_fields_set - left_out}
-    return {name: os.environ[name] for name in sorted(given) if name in os.environ}
+    values = {name: os.environ[name] for name in sorted(given) if name in os.environ}
+    return values | ({CONFIG_VARIABLE: str(file)} if (file := config_file(os.environ)) else {})
 
 
 @click.command("admin-token")
@@ -450,5 +453,5 @@ def commands(
         check_addresses(settings)  # before anything is made: a port is written into the CA's first certificates
         raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 
-    on_this_machine = [init, serve, show_settings, admin_token, token_group, audit_group, ca_group, mail_group]
-    return [*on_this_machine, backup, restore, doctor, write_files]
+    on_this_machine = [init, serve, config_group, show_settings, admin_token, token_group]
+    return [*on_this_machine, audit_group, ca_group, mail_group, backup, restore, doctor, write_files]

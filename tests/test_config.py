@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from config import Settings, variable_of
+from config import Settings
 from core.broker_control import AclStyle, ControlKind, default_control
 from core.errors import SettingInvalid
+from core.given_settings import variable_of
 from core.pkcs11_uri import parse_token_uri
 from core.setting_values import Address
 
@@ -240,7 +241,7 @@ def test_every_setting_is_in_the_operators_guide() -> None:
     guide = (Path(__file__).parent.parent / "docs" / "operating.md").read_text()
     for name, field in Settings.model_fields.items():
         default = field.default if isinstance(field.default, str) else ""
-        row = f"| `{variable_of(name)}` | {f'`{default}`' if default else ''} | {field.description} |"
+        row = f"| `{variable_of(name)}`, `{name}` | {f'`{default}`' if default else ''} | {field.description} |"
         assert row.replace("|  |", "| |") in guide, row
 
 

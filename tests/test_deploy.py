@@ -12,6 +12,7 @@ import pytest
 
 from config import Settings
 from core.broker_control import PLUGINS
+from core.given_settings import gathered, variable_of
 from operations.commands import open_log
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -42,15 +43,15 @@ def settings_of_unit(text: str) -> dict[str, list[str]]:
     return found
 
 
-def settings_of(text: str) -> dict[str, str]:
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return dict(line.split("=", 1) for line in lines)
-
-
 @pytest.fixture
-def example() -> dict[str, str]:
-    """The example configuration with names in place of those that are to be adapted."""
-    return settings_of((DEPLOY / "portal.env.example").read_text().replace(".EXAMPLE", ".example.org"))
+def example(tmp_path: Path) -> dict[str, str]:
+    """The example configuration, as variables, with names in place of those that are to be adapted."""
+    file = tmp_path / "portal.toml"
+    file.touch(mode=0o600)
+    file.write_text((DEPLOY / "portal.toml.example").read_text().replace(".EXAMPLE", ".example.org"))
+    given = gathered({"PORTAL_CONFIG": str(file)}, Settings.model_fields)
+    assert given.problems == []
+    return {variable_of(name): text for name, text in given.texts.items()}
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_the_unit_has_room_for_what_the_example_configuration_allows(example: di
 
 
 def test_the_passphrase_comes_from_a_credential(tmp_path: Path) -> None:
-    (credential,) = unit_values("LoadCredential")
+    (credential,) = (value for value in unit_values("LoadCredential") if "passphrase" in value)
     assert f"PORTAL_CA_PASSPHRASE_FILE=%d/{credential.split(':')[0]}" in unit_values("Environment")
     path = tmp_path / "ca-passphrase"
     path.write_text("a passphrase to be kept\n")
@@ -144,6 +145,12 @@ def test_the_passphrase_comes_from_a_credential(tmp_path: Path) -> None:
     settings = Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), "PORTAL_CA_PASSPHRASE_FILE": str(path)})
     assert settings.ca_passphrase.get_secret_value() == "a passphrase to be kept"
     assert "to be kept" not in repr(settings)
+
+
+def test_the_settings_come_from_a_credential_over_which_variables_win() -> None:
+    (credential,) = (value for value in unit_values("LoadCredential") if "toml" in value)
+    assert f"PORTAL_CONFIG=%d/{credential.split(':')[0]}" in unit_values("Environment")
+    assert unit_values("EnvironmentFile") == ["-/etc/onboarding-portal/portal.env"]
 
 
 def test_polkit_lets_the_portal_restart_the_broker_and_nothing_else(example: dict[str, str]) -> None:
@@ -169,8 +176,8 @@ def test_the_service_is_under_the_guard_with_all_that_it_takes(example: dict[str
 def test_the_command_for_administrators_runs_with_what_the_service_has() -> None:
     script = (DEPLOY / "portal-admin").read_text()
     for name in ("User", "SupplementaryGroups", "WorkingDirectory", "EnvironmentFile", "LoadCredential", "UMask"):
-        (value,) = unit_values(name)
-        assert f"--property={name}={value} " in script.replace(" \\\n", " \n")
+        for value in unit_values(name):
+            assert f"--property={name}={value} " in script.replace(" \\\n", " \n")
     assert f"--setenv=PORTAL_DATA_DIR=/var/lib/{unit_values('StateDirectory')[0]} " in script
 
 

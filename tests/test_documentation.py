@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from cli import SECTIONS, cli
-from config import Settings, variable_of
+from config import Settings
+from core.given_settings import variable_of
 from operations import commands as server_commands
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,7 @@ def test_commands_of_the_server_that_are_named_exist() -> None:
     nothing: Callable[..., Any] = lambda *_, **__: None  # noqa: E731 - the commands are looked at, not run
     known = {command.name for command in server_commands.commands(*[nothing] * 4)} | {
         "run",
+        "--config",
     }
     calls = calls_of("portal-server")
     assert len(calls) >= 8

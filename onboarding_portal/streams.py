@@ -1,30 +1,38 @@
-"""Standard streams that are closed, or cannot be written to: a sentence and an exit status, not an unexpected error."""
+"""Standard streams that are closed, or cannot be written to: a sentence and an exit status, not an unexpected error.
+
+Both programs use it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
-
-from commands.files import reason
 
 
 class OutputFailed(OSError):
     """Standard output cannot be written to; its text is a sentence for the user."""
 
 
+class OutputClosed(BrokenPipeError):
+    """The reader of standard output, such as head, has ended."""
+
+
 class _Output(io.FileIO):
     """Standard output, which says why it cannot be written to."""
 
     def write(self, data: Any, /) -> int:
-        """Write; raises ``OutputFailed``, and ``BrokenPipeError`` if the reader has ended."""
+        """Write; raises ``OutputFailed``, and ``OutputClosed`` if the reader has ended."""
         try:
             return super().write(data) or 0
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError as error:
+            raise OutputClosed(error.errno, error.strerror) from None
         except OSError as error:
-            raise OutputFailed(f"Standard output cannot be written to: {reason(error)}.") from None
+            reason = (error.strerror or type(error).__name__).lower()
+            raise OutputFailed(f"Standard output cannot be written to: {reason}.") from None
 
 
 class _Messages(io.FileIO):
@@ -74,3 +82,21 @@ def _opened(number: int, flags: int) -> int:
 def drop_output() -> None:
     """Keep the interpreter from reporting, when it exits, what it could not write."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Exit with status 1 if what the block prints cannot be written, with a sentence unless the reader has ended."""
+    prepare()
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OutputClosed:
+        drop_output()
+        sys.exit(1)
+    except OutputFailed as error:
+        sys.stderr.write(f"Error: {error}\n")
+        drop_output()
+        sys.exit(1)
