@@ -37,7 +37,7 @@ from commands.logins import (
     save_login,
     saved_profiles,
 )
-from commands.output import Cell, clean, date_of, moment, text
+from commands.output import Cell, Column, clean, date_of, moment, text
 from commands.sign_on import log_in
 from commands.times import Span
 from onboarding_portal import VERSION
@@ -214,22 +214,23 @@ def _expiry(row: Mapping[str, Any]) -> Cell:
 def token_list(portal: Remote) -> None:
     """List operator tokens, newest first.
 
-    When piped, prints tab-separated lines: id, name, role, created, expiry, revoked.
+    When piped, prints tab-separated lines: id, name, role, created, expiry, revoked, person.
+
+    A token from a login by the identity provider has the name of the person, and as person what the provider calls it.
     """
     answer = portal.client.get("/tokens")
-    portal.out.table(
-        answer,
-        "tokens",
-        {
-            "id": "token_id",
-            "name": "name",
-            "role": "role",
-            "created": date_of("created_at"),
-            "expires": _expiry,
-            "revoked": date_of("revoked_at"),
-        },
-        empty="No operator tokens.",
-    )
+    columns: dict[str, Column] = {
+        "id": "token_id",
+        "name": "name",
+        "role": "role",
+        "created": date_of("created_at"),
+        "expires": _expiry,
+        "revoked": date_of("revoked_at"),
+    }
+    rows = answer.get("tokens")
+    if not portal.out.for_people or (isinstance(rows, list) and any(row.get("subject") for row in rows)):
+        columns["person"] = "subject"
+    portal.out.table(answer, "tokens", columns, empty="No operator tokens.", spare=("person",))
 
 
 @command(

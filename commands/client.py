@@ -319,7 +319,7 @@ def _about_refused_token(source: str) -> list[str]:
     if source == "PORTAL_TOKEN":
         hints.append("A newer one may be in data/operator.env of the portal's machine: . data/operator.env")
     if source == "the saved login":
-        hints.append("To save another, run: portal login --token-file FILE")
+        hints.append("To save another, run: portal login --token-file FILE, or portal login --oidc")
     return [*hints, "An admin makes another, by: portal token create NAME --role operator"]
 
 

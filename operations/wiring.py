@@ -179,6 +179,7 @@ class _Foundation:
     sender: Sender
     webhooks: Webhooks
     audit_logs: AuditLogs
+    provider: IdentityProvider | None
 
 
 def open_portal(
@@ -204,6 +205,7 @@ def write_trust_anchors(settings: Settings, content: bytes) -> None:
 
 
 def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Foundation:
+    provider = IdentityProvider(settings) if settings.oidc_issuer else None  # first: its files may be wrong
     folder, first_tenant, subscribed = settings.secrets_dir, DEFAULT_TENANT, settings.data_dir / SUBSCRIBED
     database = Database(settings.database_url, folder=settings.data_dir, threads=settings.threads)
     database.migrate(settings.database_owner_url)
@@ -235,6 +237,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         sender=sender,
         webhooks=webhooks,
         audit_logs=audit_logs,
+        provider=provider,
     )
 
 
@@ -367,10 +370,11 @@ def _enrolments(base: _Foundation, shared: _Shared) -> Enrolments:
 
 def _sign_on(base: _Foundation, operators: Operators) -> SingleSignOn | None:
     settings = base.settings
-    if not settings.oidc_issuer:
+    if base.provider is None:
         return None
-    provider = IdentityProvider(settings)
-    return SingleSignOn(settings, base.database, base.tenant_terms, operators, provider, base.link_keys, base.clock)
+    return SingleSignOn(
+        settings, base.database, base.tenant_terms, operators, base.provider, base.link_keys, base.clock
+    )
 
 
 def _responder(base: _Foundation) -> Responder:

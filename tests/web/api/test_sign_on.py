@@ -19,6 +19,7 @@ from operations.doctor.base import Installation, State
 from operations.doctor.sign_on import identity_provider as identity_provider_check
 from operations.jobs import ask_provider, prune_logins
 from operations.wiring import open_portal
+from store import tenants
 from tests.support.harness import Api, Clock, api_as, problem_of, state_of
 from tests.support.identity_provider import (
     CLI_CLIENT_ID,
@@ -241,6 +242,27 @@ def test_an_id_token_is_taken_once(anyone: Api, idp: IdentityProvider) -> None:
     token = idp.id_token()
     assert log_in(anyone, token).status_code == 201
     problem_of(log_in(anyone, token), 401, "id_token_used")
+
+
+def test_of_two_requests_at_the_same_moment_one_gets_a_token(
+    anyone: Api, idp: IdentityProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = idp.id_token()
+    assert log_in(anyone, token).status_code == 201
+    monkeypatch.setattr(tenants, "was_used", lambda *_: False)  # it was not yet there when the other one looked
+    problem_of(log_in(anyone, token), 401, "id_token_used")
+
+
+def test_a_group_may_rule_over_all_tenants(
+    make_settings: Callable[..., Settings], clock: Clock, idp: IdentityProvider
+) -> None:
+    environment = idp.environment(PORTAL_OIDC_GROUPS='{"fleet-admins": ["operator", "system"]}')
+    app = create_app(make_settings(**environment), background=False, clock=clock)
+    anyone = Api(app.test_client(), None)
+    made = log_in(anyone, idp.id_token()).json
+    assert made["role"] == "system"
+    assert Api(anyone.client, made["token"]).get("/tenants").status_code == 200
+    portal_of(app).close()
 
 
 def test_clocks_may_differ_by_a_minute(anyone: Api, idp: IdentityProvider) -> None:
