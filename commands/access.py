@@ -228,9 +228,14 @@ def token_list(portal: Remote) -> None:
         "revoked": date_of("revoked_at"),
     }
     rows = answer.get("tokens")
-    if not portal.out.for_people or (isinstance(rows, list) and any(row.get("subject") for row in rows)):
+    if not portal.out.for_people or (isinstance(rows, list) and any(_is_of_person(row) for row in rows)):
         columns["person"] = "subject"
-    portal.out.table(answer, "tokens", columns, empty="No operator tokens.", spare=("person",))
+    spare = [name for name in ("person",) if name in columns]
+    portal.out.table(answer, "tokens", columns, empty="No operator tokens.", spare=spare)
+
+
+def _is_of_person(row: object) -> bool:
+    return isinstance(row, dict) and bool(row.get("subject"))
 
 
 @command(

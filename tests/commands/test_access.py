@@ -35,6 +35,12 @@ def test_tokens_are_listed_and_revoked(session: Session) -> None:
     assert session.run("token", "revoke", UNKNOWN, "--yes").exit_code == 0
 
 
+def test_whose_token_of_a_login_it_is_is_listed_last(session: Session, stub: PortalStub) -> None:
+    row = {"token_id": "1" * 16, "name": "Ada Lovelace", "role": "admin", "subject": "https://sso.example.com#ada"}
+    stub.replies["GET", "/tokens"] = Reply(body={"tokens": [row]})
+    assert session.run("token", "list").stdout.rstrip("\n").split("\t")[-1] == "https://sso.example.com#ada"
+
+
 def test_a_revocation_says_which_enrolment_tokens_are_left_and_ends_them_if_asked_to(
     session: Session, stub: PortalStub
 ) -> None:

@@ -113,10 +113,15 @@ def response_of(problem: ProblemModel, error: Exception, *, path: str) -> Respon
     return Response(problem.model_dump_json(exclude_none=True), problem.status, headers, content_type=MEDIA_TYPE)
 
 
+def status_of(error: PortalError) -> int:
+    """Return the HTTP status of an error."""
+    return next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+
+
 def _described(error: Exception) -> tuple[int, str, str]:
     """Return status, code and detail of an error."""
     if isinstance(error, PortalError):
-        status = next(STATUS_OF[kind] for kind in type(error).__mro__ if kind in STATUS_OF)
+        status = status_of(error)
         if isinstance(error, TokenUnavailable):
             return status, error.code, _TOKEN_UNAVAILABLE
         if status != 500:

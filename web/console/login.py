@@ -9,6 +9,7 @@ from pydantic import Field
 from core.errors import InputInvalid, TooManyAttempts, Unauthenticated
 from web.api.routing import RequestModel
 from web.console.pages import HOME, LOGIN, Moved, Pages, Shown, Visit, local_path
+from web.console.sign_on import BEGIN, provider_of
 from workflows.sessions import LiveSession
 
 PAGES = Pages()
@@ -28,7 +29,7 @@ def login(visit: Visit) -> Shown | Moved:
     wanted = local_path(visit.request.args.get("next")) or HOME
     if visit.session is not None:
         return Moved(wanted)
-    return Shown("login.html", {"next": wanted})
+    return _login_page(visit, wanted)
 
 
 @PAGES.add("POST", LOGIN, None, without_session=True)
@@ -40,16 +41,16 @@ def log_in(visit: Visit) -> Shown | Moved:
         agent = visit.request.headers.get("User-Agent", "")
         secret, session = visit.portal.sessions.log_in(visit.actor, form.token.strip(), agent)
     except InputInvalid:
-        return Shown("login.html", {"next": wanted, "problem": "Enter an operator token."}, status=422)
+        return _login_page(visit, wanted, "Enter an operator token.", status=422)
     except (Unauthenticated, TooManyAttempts) as error:
         status = 401 if isinstance(error, Unauthenticated) else 429
-        return Shown("login.html", {"next": wanted, "problem": error.detail}, status=status)
-    return logged_in(session, secret, wanted)
-
-
-def logged_in(session: LiveSession, secret: str, wanted: str) -> Moved:
-    """Return the answer to a login: the session's cookie, and the way to the page that was wanted."""
+        return _login_page(visit, wanted, error.detail, status=status)
     return Moved(wanted, session_secret=secret, until=session.record.expires_at)
+
+
+def _login_page(visit: Visit, wanted: str, problem: str = "", *, status: int = 200) -> Shown:
+    values = {"next": wanted, "problem": problem, "provider": provider_of(visit), "begin": BEGIN}
+    return Shown("login.html", values, status=status)
 
 
 @PAGES.add("POST", "/ui/logout", None)

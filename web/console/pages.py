@@ -68,6 +68,27 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
+class ToProvider:
+    """The browser is to go to the identity provider at ``url``, and to bring ``login_cookie`` along from there."""
+
+    url: str
+    login_cookie: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """After a login elsewhere: the session begins, and a page of ours leads to ``to``.
+
+    A redirect would not do: the browser takes it for a part of the way from the other site, on which it sends no cookie
+    that is ``SameSite=Strict``.
+    """
+
+    to: str
+    session_secret: str
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Sent:
     """A file to save: bytes, or an iterator of them, of ``media_type``."""
 
@@ -76,7 +97,8 @@ class Sent:
     filename: str
 
 
-Handler = Callable[..., Shown | Moved | Sent]
+Answer = Shown | Moved | ToProvider | Arrived | Sent
+Handler = Callable[..., Answer]
 _H = TypeVar("_H", bound=Handler)
 
 
@@ -121,7 +143,10 @@ class Pages(list[Page]):
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A request for a page: by ``actor``, an operator unless the page is shown ``without_session``."""
+    """A request for a page: by ``actor``, an operator unless the page is shown ``without_session``.
+
+    ``login_cookie`` is that of a login by the identity provider which this browser has begun.
+    """
 
     portal: Portal
     request: Request
@@ -130,6 +155,7 @@ class Visit:
     now: datetime
     session: LiveSession | None = None
     session_secret: str = ""
+    login_cookie: str | None = None
 
     def may(self, permission: Permission | str) -> bool:
         """Return whether the actor's role has a permission, for what a page shows; the handler's page checks it."""

@@ -30,21 +30,24 @@ from web.console.pages import (
     FORM_TOKEN_HEADER,
     HOME,
     LOGIN,
-    Moved,
+    Answer,
+    Arrived,
     Page,
     Sent,
     Shown,
+    ToProvider,
     Visit,
     is_htmx,
     page_of,
 )
+from workflows.oidc.login import LOGIN_SECONDS
 from workflows.operators import actor_with
 from workflows.sessions import form_token
 
 if TYPE_CHECKING:
     from operations.wiring import Portal
 
-COOKIE = "__Host-portal_session"
+COOKIE, LOGIN_COOKIE = "__Host-portal_session", "__Host-portal_login"
 _SECRET = re.compile("[A-Za-z0-9_-]{43}")
 HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
@@ -116,7 +119,8 @@ def _visit(portal: Portal, page: Page, request: Request) -> Visit:
     secret = request.cookies.get(COOKIE, "")
     session = portal.sessions.find(secret) if _SECRET.fullmatch(secret) else None
     if session is None:
-        return Visit(portal, request, g.request_id, anyone, portal.clock())
+        begun = request.cookies.get(LOGIN_COOKIE)
+        return Visit(portal, request, g.request_id, anyone, portal.clock(), login_cookie=begun)
     scope.enter(session.token.tenant_id)
     g.actor = actor = actor_with(session.token, request_id=g.request_id, address=address)
     routing.check_tenant(portal, actor, page.action)
@@ -181,7 +185,7 @@ def _is_same_origin(visit: Visit) -> bool:
 # --- The answer ---------------------------------------------------------------------------------------------------
 
 
-def _response(visit: Visit, answer: Shown | Moved | Sent) -> Response:
+def _response(visit: Visit, answer: Answer) -> Response:
     if isinstance(answer, Sent):
         content = answer.content if isinstance(answer.content, bytes) else scope.Scoped(answer.content)
         saved = {**HEADERS, "Content-Disposition": f'attachment; filename="{answer.filename}"'}
@@ -189,6 +193,15 @@ def _response(visit: Visit, answer: Shown | Moved | Sent) -> Response:
     if isinstance(answer, Shown):
         template = answer.fragment if answer.fragment and visit.wants_fragment else answer.template
         return _html(_render(template, visit, answer.values), answer.status)
+    if isinstance(answer, ToProvider):
+        response = _redirect(answer.url)
+        _set_login_cookie(response, answer.login_cookie)
+        return response
+    if isinstance(answer, Arrived):
+        response = _html(_render("arrival.html", None, {"here": answer.to}))
+        _set_cookie(response, answer.session_secret, answer.until)
+        _set_login_cookie(response, "")
+        return response
     response = _html("", 200, {"HX-Redirect": answer.to}) if is_htmx(visit.request) else _redirect(answer.to)
     if answer.session_secret is not None:
         _set_cookie(response, answer.session_secret, answer.until)
@@ -201,6 +214,15 @@ def _set_cookie(response: Response, secret: str, until: datetime | None) -> None
         response.set_cookie(COOKIE, secret, expires=until, **options)
     else:
         response.delete_cookie(COOKIE, **options)
+
+
+def _set_login_cookie(response: Response, content: str) -> None:
+    """Set the cookie of a login by the identity provider: ``Lax``, since the browser brings it from there."""
+    options: dict[str, Any] = {"path": "/", "secure": True, "httponly": True, "samesite": "Lax"}
+    if content:
+        response.set_cookie(LOGIN_COOKIE, content, max_age=LOGIN_SECONDS, **options)
+    else:
+        response.delete_cookie(LOGIN_COOKIE, **options)
 
 
 def _render(template: str, visit: Visit | None, values: Mapping[str, Any]) -> str:

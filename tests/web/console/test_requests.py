@@ -41,7 +41,7 @@ def rules_of_console(app: Flask) -> Iterator[tuple[str, str]]:
 def test_nothing_of_the_console_answers_without_a_session_but_the_login_and_the_static_files(shared_app: Flask) -> None:
     stranger, seen = Browser(shared_app), 0
     for method, rule in rules_of_console(shared_app):
-        if rule.startswith("/ui/static/") or rule == "/ui/login":
+        if rule.startswith(("/ui/static/", "/ui/login")):
             continue
         path = path_of(rule)
         answer = stranger.get(path) if method == "GET" else stranger.post(path, token=None)
