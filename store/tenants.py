@@ -114,6 +114,12 @@ def list_tenants(tx: Connection) -> Sequence[TenantRecord]:
     return [_record(row) for row in tx.execute(sa.select(*_TENANT_COLUMNS).order_by(Tenant.id))]
 
 
+def removed_tenants(tx: Connection) -> Sequence[TenantRecord]:
+    """Return the tenants that were removed and are still kept, in the order of their names."""
+    query = sa.select(*_TENANT_COLUMNS).where(Tenant.status == TenantStatus.REMOVED).order_by(Tenant.id)
+    return [_record(row) for row in tx.execute(query)]
+
+
 def changed_tenants(tx: Connection, *, since: int) -> Sequence[TenantRecord]:
     """Return the tenants of which the broker must learn since a generation, in the order of their names."""
     query = sa.select(*_TENANT_COLUMNS).where(Tenant.generation > since, Tenant.generation > 0).order_by(Tenant.id)

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -270,12 +270,40 @@ class AuditLog:
 
 
 @dataclass(frozen=True, slots=True)
+class _NotDue:
+    """No checkpoint is due of a record with ``number`` entries, of which ``signed`` were at a time, by these files."""
+
+    number: int
+    signed: int
+    made_at: datetime
+    files: Mapping[Path, tuple[int, ...]]
+
+    def holds(self, number: int, now: datetime) -> bool:
+        """Tell whether none is due still, as ``AuditLog.is_due`` does, which reads the files."""
+        return (
+            number == self.number
+            and self.signed <= number < self.signed + CHECKPOINT_ENTRIES
+            and (number == self.signed or abs(now - self.made_at) < CHECKPOINT_AGE)
+            and all(_signature(path) == seen for path, seen in self.files.items())
+        )
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@dataclass(frozen=True, slots=True)
 class AuditLogs:
     """The records of all tenants."""
 
     _database: Database
     _settings: Settings
     _clock: Callable[[], datetime]
+    _not_due: dict[str, _NotDue] = field(default_factory=dict)  # of tenants of which nothing need be read again
 
     def of(self, tenant_id: str) -> AuditLog:
         """Return the record of a tenant."""
@@ -297,7 +325,29 @@ class AuditLogs:
         """Sign the checkpoints that are due; return for each tenant what prevents that, if anything does."""
         with self._database.snapshot() as tx:
             numbers = audit.audit_numbers(tx)
-        return self._each(numbers, lambda log: log.sign_if_due(numbers[log.tenant_id]))
+        for gone in self._not_due.keys() - numbers.keys():
+            del self._not_due[gone]
+        now = self._clock()
+        looked_at = [
+            tenant_id
+            for tenant_id, number in numbers.items()
+            if (known := self._not_due.get(tenant_id)) is None or not known.holds(number, now)
+        ]
+        return self._each(looked_at, lambda log: self._sign_if_due(log, numbers[log.tenant_id]))
+
+    def _sign_if_due(self, log: AuditLog, number: int) -> str | None:
+        self._not_due.pop(log.tenant_id, None)
+        if problem := log.sign_if_due(number):
+            return problem
+        # Before the checkpoint is read, so that no change goes unnoticed.
+        files = {path: _signature(path) for path in (log.files.key_path, log.files.checkpoint_path())}
+        try:
+            kept = log.files.kept()
+        except ValueError:
+            return None  # it was damaged just now, which the next run tells
+        if kept is not None:
+            self._not_due[log.tenant_id] = _NotDue(number, kept.head.number, kept.made_at, files)
+        return None
 
     def _each(self, tenants: Iterable[str], question: Callable[[AuditLog], str | None]) -> Mapping[str, str]:
         found = {}

@@ -96,7 +96,7 @@ class TenantRemovals:
     def run(self) -> None:
         """Go on with what is left of removed tenants: revoke, retire their CAs, and after the time of grace delete."""
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            removed = [one for one in tenants.list_tenants(tx) if one.status is TenantStatus.REMOVED]
+            removed = tenants.removed_tenants(tx)
         for record in removed:
             while self._revoke_some(record):
                 pass

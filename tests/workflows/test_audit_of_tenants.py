@@ -46,6 +46,32 @@ def alter(portal: Portal) -> None:
 
 
 @ON_SQLITE
+def test_a_record_that_has_not_changed_is_not_looked_at_again_until_its_files_have(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_a_second(portal)
+    looked, is_due = list[str](), audit_log.AuditLog.is_due
+
+    def noting(log: audit_log.AuditLog, number: int) -> bool:
+        looked.append(log.tenant_id)
+        return is_due(log, number)
+
+    jobs.sign_audit_record(portal)  # and the key of the second, which is an entry of its record
+    jobs.sign_audit_record(portal)
+    monkeypatch.setattr(audit_log.AuditLog, "is_due", noting)
+    jobs.sign_audit_record(portal)
+    assert looked == []
+    with portal.database.transaction() as tx:
+        audit.record(tx, audit.system_actor(NAME), "device:update", "device:x", at=portal.clock())
+    jobs.sign_audit_record(portal)
+    assert looked == [NAME]
+    portal.audit_log.files.checkpoint_path().write_bytes(b"{}")
+    jobs.sign_audit_record(portal)
+    assert {*looked[1:]} == {portal.first_tenant}
+    assert portal.memory.audit_problems.keys() == {portal.first_tenant}
+
+
+@ON_SQLITE
 def test_a_single_tenant_has_no_more_files_than_before(portal: Portal) -> None:
     jobs.sign_audit_record(portal)
     assert not (portal.settings.secrets_dir / KEY_FOLDER).exists()

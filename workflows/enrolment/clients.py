@@ -58,6 +58,8 @@ class TlsClients:
         init=False, default=((), {})
     )
 
+    _listed: tuple[tuple[RecordedIssuer, ...], Sequence[bytes], bytes] = field(init=False, default=((), (), b""))
+
     def identify(self, der: bytes, tenant_id: str | None = None) -> DeviceClient | ManufacturedClient:
         """Find out whose certificate, DER, a client has shown.
 
@@ -167,7 +169,9 @@ class TlsClients:
         with FileLock(self._settings.data_dir / ".client-cas.lock").hold():  # so that the newest state is written last
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 manufacturers = enrolment.registered_manufacturers(tx)
-            issuing = [item.der for item in self._authority.issuers if item.kind == IssuerKind.ISSUING]
-            content = client_certificates.pem_bundle([*issuing, *(record.der for record in manufacturers)])
-            if not path.exists() or path.read_bytes() != content:
-                replace_file(path, content)
+            wanted = self._authority.issuers, [record.der for record in manufacturers]
+            if self._listed[0] is not wanted[0] or self._listed[1] != wanted[1]:
+                issuing = [item.der for item in wanted[0] if item.kind == IssuerKind.ISSUING]
+                self._listed = (*wanted, client_certificates.pem_bundle([*issuing, *wanted[1]]))
+            if not path.exists() or path.read_bytes() != self._listed[2]:
+                replace_file(path, self._listed[2])

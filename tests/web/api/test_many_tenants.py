@@ -16,9 +16,11 @@ from broker import ca_certificates, capath, crl
 from config import Settings
 from core import files
 from core.roles import Role
+from pki import client_certificates
 from store import audit
 from tests.support.guarded import guarded_app
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
+from workflows.enrolment.clients import CLIENT_CAS
 from workflows.tenant_life import NewTenant
 
 pytestmark = ON_SQLITE
@@ -112,3 +114,27 @@ def test_a_crl_that_is_published_costs_no_more_beside_many(
         with_many = publish(many[0])
     assert with_many == with_few
     assert with_few["CRLs verified"] == 1
+
+
+def test_the_list_of_cas_for_tls_is_encoded_again_only_when_a_ca_has_changed(
+    app: Flask, system: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portal, encoded, encode = portal_of(app), list[int](), client_certificates.pem_bundle
+
+    def noting(certificates: list[bytes]) -> bytes:
+        encoded.append(len(certificates))
+        return encode(certificates)
+
+    monkeypatch.setattr(client_certificates, "pem_bundle", noting)
+    path = portal.settings.tls_dir / CLIENT_CAS
+    portal.clients.write_authorities()
+    listed = path.read_bytes().count(b"BEGIN")
+    path.unlink()
+    encoded.clear()
+    portal.clients.write_authorities()
+    assert path.exists()
+    assert encoded == []
+    with tenants_of(system, range(1)):
+        portal.clients.write_authorities()
+    assert path.read_bytes().count(b"BEGIN") == listed + 1
+    assert encoded == [listed + 1]
