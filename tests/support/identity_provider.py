@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class IdentityProvider:
     )
     configuration: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, Callable[[BaseHTTPRequestHandler], Answer | None]] = field(default_factory=dict)
-    secret: str = ""
+    asks: bool = False  # whether there is a page on which somebody has to log in
     requests: list[tuple[str, str]] = field(default_factory=list)
     redeemed: list[dict[str, str]] = field(default_factory=list)
     device_answers: list[Answer] = field(default_factory=list)  # to polls, before the token
@@ -159,8 +160,11 @@ class IdentityProvider:
     def _authorize(self, given: Mapping[str, str]) -> Answer:
         code = secrets.token_urlsafe(16)
         self._codes[code] = dict(given)
-        query = urlencode({"code": code, "state": given["state"], "iss": self.issuer})
-        return 302, {"Location": f"{given['redirect_uri']}?{query}"}, b""
+        back = given["redirect_uri"] + "?" + urlencode({"code": code, "state": given["state"], "iss": self.issuer})
+        if self.asks:
+            page = f'<!doctype html><title>Provider</title><a href="{escape(back)}">Log in as Ada</a>'
+            return 200, {"Content-Type": "text/html"}, page.encode()
+        return 302, {"Location": back}, b""
 
     def _token(self, given: dict[str, str], authorization: str) -> Answer:
         self.redeemed.append(given | {"authorization": authorization})
