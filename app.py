@@ -31,7 +31,9 @@ from web.api import (
     attestation,
     audit,
     bulk,
+    device_configuration,
     devices,
+    downloads,
     enrolment,
     est,
     lifecycle,
@@ -57,6 +59,7 @@ log = logging.getLogger("portal.request")
 
 _RESOURCES = (
     devices,
+    downloads,
     bulk,
     lifecycle,
     applications,
@@ -64,6 +67,7 @@ _RESOURCES = (
     profiles,
     enrolment,
     est,
+    device_configuration,
     attestation,
     tokens,
     sign_on,
@@ -230,7 +234,10 @@ def _failed(error: Exception) -> Response:
         log.info("refused", extra={"request_id": g.request_id, "problem": told})
     if is_of_console(current_app, path) and request.environ.get("portal.listener") != "pki":
         return error_page(problem, error)
-    return problems.response_of(problem, error, path=path)
+    response = problems.response_of(problem, error, path=path)
+    if downloads.is_for_person(request):
+        return downloads.page_of_problem(response, problem, error)
+    return response
 
 
 server = program(create_app, _commands())

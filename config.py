@@ -35,6 +35,7 @@ from core.setting_values import (
     Url,
     choice,
     count,
+    is_loopback,
     long_enough,
     parse_address_or_socket,
     parse_database_url,
@@ -414,10 +415,12 @@ class Settings(BaseSettings):
         """Whether other machines reach the HTTPS listener with no front server that waits for slow clients."""
         if self.bind.is_unix or self.trusted_proxies:
             return False
-        try:
-            return not ipaddress.ip_address(self.bind.host).is_loopback
-        except ValueError:
-            return self.bind.host != "localhost"
+        return not is_loopback(self.bind.host)
+
+    @property
+    def broker_addresses(self) -> tuple[Address, ...]:
+        """Where devices reach the broker, as bundles and ``/.well-known/onboarding/config`` say."""
+        return (Address(self.mqtt_host, self.mqtt_port),)
 
     @property
     def probe_addresses(self) -> tuple[Address, ...]:

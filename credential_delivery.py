@@ -24,14 +24,14 @@ README = """\
 Credentials of {device_id}
 issued by the Device Onboarding Portal
 
-  device.key              the private key. Keep it where it is used, readable by its owner only
+  device.key              the private key
   device.pem              the certificate
   chain.pem               the certificate with its issuers
   ca.pem                  what to trust: check the broker's certificate against it
 {portal_ca}  mosquitto-client.conf   options for mosquitto_pub and mosquitto_sub
-
+{sums}
 {protection}
-To try them, in this folder:
+To try them, in the folder of these files:
 
   {program} -h {host} -p {port} --cafile ca.pem --cert chain.pem --key device.key \\
       -i {device_id} -t {topic}
@@ -40,23 +40,40 @@ To try them, in this folder:
 PORTAL_CA = """\
   portal-ca.pem           what to trust of the portal itself, at its HTTPS address: EST, renewals
 """
+SUMS = """\
+  SHA256SUMS              the SHA-256 of each file above and of this one
+"""
 PROTECTED = """\
-device.key and ca.pem are encrypted with the bundle password (AES-256), which unzip and the ZIP
-tools of Windows and Python cannot open. One of these can:
+Encrypted with the bundle password (AES-256): {encrypted}
+Not encrypted: {plain}
+So whoever has this ZIP file reads, without the password, the id, the certificate, the broker's
+address, and the names and sizes of all files. Once unpacked, device.key is not encrypted any
+more: keep it where it is used, readable by its owner only.
+
+Each of these opens the file:
 
   portal unpack bundle.zip        checks the credentials, too
-  7z x bundle.zip                 or bsdtar --passphrase, Keka, WinZip, zip4j, pyzipper
+  7z x bundle.zip                 7-Zip on Windows, the package 7zip on Linux, 7zz on macOS
+  Keka, WinZip, bsdtar --passphrase, and for programs zip4j (Java), pyzipper (Python)
 
-SHA256SUMS in the bundle is encrypted, too: nobody without the password can have written it. portal
-unpack has checked the other files against it, and leaves it out. If you used another tool, it shows
+None of these does: unzip, and the ZIP tools that come with Windows, macOS and Python.
+
+Who has no password can have written the files that are not encrypted, but not SHA256SUMS. portal
+unpack has checked them against it, and leaves it out. If you used another tool, this shows
 whether they are those of the portal, this one among them:
 
-  sha256sum --check SHA256SUMS
+  sha256sum --check SHA256SUMS    (macOS: shasum -a 256 --check SHA256SUMS)
 """
 KEY_PROTECTED = """\
-device.key is encrypted in itself (PKCS#8, AES-256). Nothing protects the other files from being
-altered on their way: before you trust ca.pem, compare it with what your portal's operator has.
-For programs that cannot ask for the password: openssl pkey -in device.key -out device.key.open
+Encrypted with the bundle password (PKCS#8, AES-256): {encrypted}
+Not encrypted: {plain}
+device.key is encrypted in itself, and stays so when this ZIP file is unpacked, which any program
+does. Nothing protects the other files from being altered on their way: before you trust ca.pem,
+compare it with what whoever runs your portal has.
+
+  portal unpack bundle.zip        checks that key and certificates belong together
+  openssl pkey -in device.key -out device.key.open
+                                  for programs that cannot ask for the password: the key without one
 """
 
 CLIENT_CONFIGURATION = """\
@@ -131,7 +148,6 @@ def _entries(credentials: Credentials, password: str, *, in_zip: bool) -> list[E
     secret, public = 0o600, 0o644
     key = credentials.key_pem if in_zip else encrypted_pem(credentials.key_pem, password)
     portal_ca, protection = credentials.portal_ca_pem.encode(), PROTECTED if in_zip else KEY_PROTECTED
-    readme = README.format(**blanks, portal_ca=PORTAL_CA if portal_ca else "", protection=protection)
     entries = [
         Entry("device.key", key, secret, encrypted=in_zip),
         Entry("ca.pem", credentials.ca_pem.encode(), secret, encrypted=in_zip),
@@ -139,8 +155,19 @@ def _entries(credentials: Credentials, password: str, *, in_zip: bool) -> list[E
         Entry("device.pem", credentials.certificate_pem.encode(), public, encrypted=False),
         Entry("chain.pem", credentials.chain_pem.encode(), public, encrypted=False),
         Entry("mosquitto-client.conf", CLIENT_CONFIGURATION.format(**blanks).encode(), public, encrypted=False),
-        Entry("README.txt", readme.encode(), public, encrypted=False),
     ]
+    # The README is public, and the sums, which list it, are secret where there are any.
+    hidden = [entry.name for entry in entries if entry.encrypted or entry.name == "device.key"]
+    shown = [entry.name for entry in entries if entry.name not in hidden]
+    readme = README.format(
+        **blanks,
+        portal_ca=PORTAL_CA if portal_ca else "",
+        sums=SUMS if in_zip else "",
+        protection=protection.format(
+            encrypted=", ".join([*hidden, "SHA256SUMS"] if in_zip else hidden), plain=", ".join([*shown, "README.txt"])
+        ),
+    )
+    entries.append(Entry("README.txt", readme.encode(), public, encrypted=False))
     if in_zip:
         entries.append(Entry("SHA256SUMS", _sums(entries), public, encrypted=True))
     return entries

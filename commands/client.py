@@ -30,6 +30,7 @@ MAX_FIELDS = 50
 MAX_LINE = 1 << 20  # bytes of a line of an answer that is read line by line
 RETRY_PAUSES = (0.3, 1.0)  # seconds before the second and the third attempt
 
+_FILE_NAME = re.compile(r'filename="([0-9a-f-]{36}\.[a-z0-9]{3})"')
 _LINK = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
 # X509_V_ERR_: no issuer found, bad signature, self-signed leaf or chain, leaf not verified, key identifiers differ.
 _ANCHOR_UNKNOWN = (2, 7, 18, 19, 20, 21, 30)
@@ -168,6 +169,16 @@ class Client:
             raise Refused(_UNKNOWN_LINK, status=404)
         if answer.status >= 400:
             raise self.refusal(answer)
+
+    def get_public(self, url: str) -> HttpAnswer:
+        """Return what is at a URL that needs no token, whatever the status; not repeated. Raises ``Unreachable``."""
+        return self._send("GET", url, None, repeatable=False)
+
+    def file_behind(self, link: str) -> str | None:
+        """Return the name of the file behind a link without using it, ``None`` if there is none."""
+        answer = self._send("HEAD", link, None, repeatable=False)
+        found = _FILE_NAME.search(answer.headers.get("Content-Disposition", ""))
+        return found[1] if answer.status == 200 and found else None
 
     def register_rows(self, rows: bytes, *, dry_run: bool = False) -> Iterator[dict[str, Any]]:
         """Register a device for each line of NDJSON; yield the answers, whose ``row`` counts from 1, as they arrive.

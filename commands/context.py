@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -47,6 +48,11 @@ class Remote:
                 "use PORTAL_TOKEN or --token-file to keep it private."
             )
         return settings
+
+    def trust(self, ca_file: Path) -> None:
+        """Verify the portal by this file from now on, which is removed at the end of the command."""
+        self.settings = dataclasses.replace(self.settings, ca_file=ca_file)
+        click.get_current_context().call_on_close(functools.partial(ca_file.unlink, missing_ok=True))
 
     @cached_property
     def client(self) -> Client:

@@ -19,6 +19,7 @@ from commands.client import check_link, new_idempotency_key
 from commands.context import FORCE_HELP, Remote, ask_secret, command
 from commands.errors import BundleLocked, CheckFailed, CliError, ConnectionLost
 from commands.files import Folder, NewFile, read_input, read_secret, require_writable, write_new
+from commands.handover import FINGERPRINT, trust_by_fingerprint
 from commands.output import moment, text
 from commands.vocabulary import FILES, README
 
@@ -160,6 +161,7 @@ def show_files(portal: Remote, files: dict[str, Any]) -> None:
     "download",
     examples=[
         "portal download 'https://127.0.0.1:8443/download/…'",
+        "portal download 'https://…' --fingerprint 4f1c…",
         "portal download 'https://…' --out sensor-7 --password-file password.txt",
     ],
 )
@@ -167,19 +169,29 @@ def show_files(portal: Remote, files: dict[str, Any]) -> None:
 @click.option("--out", metavar="FOLDER", type=click.Path(path_type=Path), help=OUT_HELP)
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
+@FINGERPRINT
 @click.option("--idempotency-key", metavar="KEY", help="Repeat a download that broke off a few minutes ago.")
 def download(
-    portal: Remote, link: str, out: Path | None, password_file: str | None, force: bool, idempotency_key: str | None
+    portal: Remote,
+    link: str,
+    out: Path | None,
+    password_file: str | None,
+    force: bool,
+    fingerprint: str | None,
+    idempotency_key: str | None,
 ) -> None:
     """Download a device's bundle, check it and unpack it.
 
     The link works once and needs no operator token. The password is read from the file, from PORTAL_BUNDLE_PASSWORD or
     from the terminal. Files are written only if key, certificate and chain match. If anything fails after the
-    download, the encrypted bundle is saved for portal unpack. A download that breaks off is repeated.
+    download, the encrypted bundle is saved for portal unpack. A download that breaks off is repeated. Without a CA file
+    the portal is verified by the fingerprint that came with the link.
     """
     link = check_link(link)
     _ = portal.settings  # a wrong setting is reported before the password is asked for
     with _folder(out, force=force) as folder:
+        if fingerprint is not None:
+            trust_by_fingerprint(portal, link, fingerprint)
         key = idempotency_key or new_idempotency_key()
         password = bundle_password(password_file, before_asking=lambda: portal.client.check_link_works(link, key))
         try:

@@ -22,6 +22,7 @@ from commands.context import (
 from commands.listing import COLUMNS, column, connection_in_words, lines_of, output_options
 from commands.names import device_argument
 from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
+from commands.snippets import SNIPPETS, snippet_for
 from commands.times import Time
 
 VERDICTS = ("passed", "failed", "outdated", "none")
@@ -200,18 +201,24 @@ def _renewable(row: Mapping[str, Any]) -> Cell:
     return Cell(cell.plain, "now", "green") if begun else cell
 
 
-@command("show", examples=["portal show sensor-7"])
+@command("show", examples=["portal show sensor-7", "portal show sensor-7 --snippet python > device.py"])
 @device_argument()
-def show(portal: Remote, device_id: str) -> None:
+@click.option("--snippet", type=click.Choice(SNIPPETS), help="Print a program for the device.")
+def show(portal: Remote, device_id: str, snippet: str | None) -> None:
     """Show a device: certificate, broker state, topics."""
     device = portal.client.get(f"/devices/{device_id}")
-    show_client(portal, device)
+    if snippet is None:
+        show_client(portal, device)
+    elif portal.out.as_json:
+        portal.out.json({"snippet": snippet, "program": snippet_for(device, snippet)})
+    else:
+        portal.out.raw(snippet_for(device, snippet))
 
 
 def show_client(portal: Remote, device: dict[str, Any], *, done: str = "", about: str = "device_id") -> None:
     """Show a device, or an application; ``about`` is the name of its id."""
     fields: dict[str, Cell] = {about: text(device.get(about))}
-    shown_below = {about, "certificate", "topics", "metadata", "connection", "attestation"}
+    shown_below = {about, "certificate", "topics", "metadata", "connection", "attestation", "brokers"}
     for name, value in device.items():
         if name not in shown_below:
             fields[name] = _value(name, value, device)

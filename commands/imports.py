@@ -22,6 +22,7 @@ from commands.client import check_link, new_idempotency_key
 from commands.context import Remote, command
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
+from commands.handover import base_of, trust_at
 from commands.import_cells import ENCODINGS
 from commands.import_files import ExternalIds, FileRow, Reading, format_of, read_rows
 from commands.import_results import Results
@@ -339,3 +340,9 @@ def _show(portal: Remote, results: Results, tally: Tally) -> None:
         counts |= {"downloaded": tally.downloaded, "not_downloaded": tally.not_downloaded}
     portal.out.fields({name: text(count) for name, count in counts.items()} | {"results": text(str(results.path))})
     portal.out.note("results.csv contains links and passwords: send them on different channels, then delete it.")
+    link = next((row["download_url"] for row in results.rows() if row["download_url"]), None)
+    if link is not None and not tally.downloaded:
+        option = trust_at(portal, base_of(link)).option
+        portal.out.note(
+            f"Whoever gets a link opens it in a browser, or fetches the bundle with: portal download LINK{option}"
+        )

@@ -242,6 +242,13 @@ class Output:
         """Suggest the next command; silent with ``--json``."""
         self._say(("Next: ", "bold"), (self._suggesting(command), ""), wraps=False)
 
+    def block(self, title: str, lines: Sequence[str]) -> None:
+        """Print lines that are to be passed on as they are, on standard error; silent with ``--json``."""
+        self._say(("", ""))
+        self._say((clean(title), "bold"))
+        for line in ("", *lines, ""):
+            self._say((f"  {clean(line)}" if line else "", ""), wraps=False)
+
     def _say(self, *parts: Part, wraps: bool = True) -> None:
         if not self.as_json:
             self._print(*parts, wraps=wraps)

@@ -30,6 +30,7 @@ from commands.context import (
 from commands.delivery import Password, fetch, show_files, summary, unpack_fetched
 from commands.errors import CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
+from commands.handover import show_handover
 from commands.names import device_argument
 from commands.output import Cell, moment, text
 from commands.times import OVERLAP, VALIDITY
@@ -306,4 +307,11 @@ def _show(
         out.note("The password is shown only once; send it on a different channel than the link.")
     elif password_out:
         out.note(f"The bundle password is in {password_out}.")
-    out.next_step(f"portal download {shlex.quote(str(answer['download_url']))}")
+    until = fields["download_expires_at"].shown.partition(" (")[0]
+    show_handover(
+        portal,
+        str(answer["download_url"]),
+        name=str(answer.get("name") or answer[operation.about]),
+        device_id=str(answer[operation.about]),
+        until=until,
+    )

@@ -18,7 +18,7 @@
       Unauthenticated                     401
         EnrolmentUnauthenticated            logins by an identity provider: workflows/oidc/refusals.py
       Forbidden                           403
-        EnrolmentRefused  ClientCertificateRefused  TenantSuspended
+        EnrolmentRefused  ClientCertificateRefused  TenantSuspended  ForeignOrigin
         AttestationRefused                  its kinds are in attestation/refusals.py
       TooManyAttempts                     429
         TooManyRegistrations  TooManyUploads  TenantBusy
@@ -196,6 +196,12 @@ class Forbidden(PortalError):
     """The role of the operator token does not have the permission."""
 
     code = "forbidden"
+
+
+class ForeignOrigin(Forbidden):
+    """A page of another site has made a browser send the request."""
+
+    code = "foreign_origin"
 
 
 class EnrolmentUnauthenticated(Unauthenticated):

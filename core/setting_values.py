@@ -40,6 +40,14 @@ class Address(NamedTuple):
         return f"{host}:{self.port}"
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address is that of the machine itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def parse_path(value: str) -> Path:
     """Return an absolute path; ``~`` is the home folder."""
     return Path(value).expanduser().absolute()

@@ -35,6 +35,7 @@ class DeliveryRecord:
     format: str
     kind: ClientKind
     tenant_id: str
+    device_name: str
 
 
 _INSERT_DELIVERIES = sa.insert(Delivery)
@@ -73,6 +74,7 @@ _DELIVERY = (
         Delivery.format,
         Device.kind,
         Delivery.tenant_id,
+        Device.name,
         Delivery.delivered_at,
         Device.status,
         KeptBundle.key_hash,

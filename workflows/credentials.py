@@ -347,6 +347,7 @@ class CredentialIssuer:
     ) -> EncryptedBundle:
         first = (topics or default_topics(tenant.topic_prefix))[0]
         example, reads = first.filter.replace(DEVICE_ID, issued.device_id), first.access is Access.READ
+        broker = self._settings.broker_addresses[0]
         credentials = credential_delivery.Credentials(
             device_id=issued.device_id,
             key_pem=private_key_pem(key),
@@ -354,8 +355,8 @@ class CredentialIssuer:
             chain_pem=issued.chain,
             ca_pem=broker_trust(self._settings, self._authority.of(tenant.id).ca_pem),
             portal_ca_pem=self._portal_ca(),
-            broker_host=self._settings.mqtt_host,
-            broker_port=self._settings.mqtt_port,
+            broker_host=broker.host,
+            broker_port=broker.port,
             example_topic=example if reads else example.replace("#", "hello").replace("+", "hello"),
             example_reads=reads,
         )

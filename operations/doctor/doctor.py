@@ -34,6 +34,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("portal", network.portal),
     ("portal certificate", network.portal_certificate),
     ("front server", network.front_server),
+    ("broker address", network.broker_address),
     ("broker", broker.broker),
     ("broker version", mosquitto.broker_version),
     ("broker service", service.broker_service),

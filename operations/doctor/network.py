@@ -20,7 +20,7 @@ from broker.folder import CA_FILE, SERVER_CERTIFICATE_FILE
 from broker.probe import Probe, connect
 from config import Settings
 from core.errors import PortalError
-from core.setting_values import Address
+from core.setting_values import Address, is_loopback
 from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, warning, well
 from operations.outside_certificates import broker_certificate, https_certificate
 
@@ -65,6 +65,18 @@ def front_server(installation: Installation) -> Finding:
             "Put nginx in front; see deploy/README.md. Or name the front server in PORTAL_TRUSTED_PROXIES.",
         )
     return well(f"The portal listens on {settings.bind}, where slow clients on the network do not reach it directly.")
+
+
+def broker_address(installation: Installation) -> Finding:
+    """Check that devices are told an address of the broker that other machines can reach, if they reach the portal."""
+    settings = installation.settings
+    told, own = settings.broker_addresses[0], urlsplit(settings.public_url).hostname or ""
+    if is_loopback(told.host) and not is_loopback(own):
+        return warning(
+            f"Devices reach the portal at {own}, but are told that the broker is at {told}, their own machine.",
+            "Set PORTAL_MQTT_HOST to the broker's name or address, as devices reach it.",
+        )
+    return well(f"Devices are told that the broker is at {told}.")
 
 
 def portal_certificate(installation: Installation) -> Finding:

@@ -110,7 +110,7 @@ def test_a_password_goes_into_a_new_private_file(session: Session) -> None:
     assert Path("password").read_text() == BUNDLE_PASSWORD + "\n"
     assert stat.S_IMODE(Path("password").stat().st_mode) == 0o600
     assert BUNDLE_PASSWORD not in result.output
-    assert "Next: portal download http" in result.stderr
+    assert "    portal download http" in result.stderr
     assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [
         "device_id",
         "fingerprint",

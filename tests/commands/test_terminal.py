@@ -346,13 +346,14 @@ def _name_of(command: str) -> str:
     return f"{first} {more[0]}" if first in GROUPS else first
 
 
-def test_a_registration_shows_password_and_next_step(session: Session, stub: PortalStub) -> None:
+def test_a_registration_shows_the_password_and_what_to_pass_on(session: Session, stub: PortalStub) -> None:
     with terminal(session, *REGISTER, NO_COLOR="1", COLUMNS="40") as seen:
         assert seen.end() == 0, seen.seen
     (device_id,) = stub.devices
     assert f"✓ Registered sensor-7 as {device_id}\n" in seen.seen
     assert re.search(rf"Bundle password +{BUNDLE_PASSWORD}\n", seen.seen)
-    assert re.search(rf"\nNext: portal download {stub.url}/download/\S+\n$", seen.seen)  # on one line, to be copied
+    assert re.search(rf"\n    portal download {stub.url}/download/\S+\n", seen.seen)  # on one line, to be copied
+    assert BUNDLE_PASSWORD not in seen.seen.partition("Pass this on")[2]
 
 
 @pytest.mark.parametrize(

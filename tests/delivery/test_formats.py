@@ -140,3 +140,22 @@ def test_a_renewal_takes_a_form_too(shared_app: Flask, bundle_format: str) -> No
 def test_a_form_that_there_is_not_or_that_a_csr_makes_void_is_refused(api: Api, fields: dict[str, str]) -> None:
     plain = {"name": "pump-1", "type": "pump", "location": "hall 1", "firmware": "1.0"}
     problem_of(api.post("/register", plain | fields), 422, "invalid_input")
+
+
+@pytest.mark.parametrize("bundle_format", ["zip", "pem"])
+def test_the_readme_says_of_each_file_whether_it_is_encrypted(
+    shared_app: Flask, tmp_path: Path, bundle_format: str
+) -> None:
+    _, file = delivered(shared_app, tmp_path, bundle_format=bundle_format)
+    with zipfile.ZipFile(file) as archive:
+        readme = archive.read("README.txt").decode()
+        in_itself = ["device.key"] if bundle_format == "pem" else []
+        if in_itself:
+            assert archive.read("device.key").startswith(b"-----BEGIN ENCRYPTED PRIVATE KEY-----")
+        encrypted = {one.filename for one in archive.infolist() if one.flag_bits & 1}.union(in_itself)
+        plain = set(archive.namelist()) - encrypted
+    lines = re.findall(r"^(Encrypted|Not encrypted)[^:]*: (.+)$", readme, re.MULTILINE)
+    said = {name: set(files.split(", ")) for name, files in lines}
+    assert said == {"Encrypted": encrypted, "Not encrypted": plain}
+    listed = set(re.findall(r"^  (\S+\.\S+|SHA256SUMS)  ", readme, re.MULTILINE))
+    assert listed == encrypted | plain - {"README.txt"} | ({"SHA256SUMS"} & encrypted)

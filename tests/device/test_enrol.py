@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import os
 import sys
 from argparse import Namespace
 from datetime import UTC, datetime
@@ -91,6 +93,84 @@ def test_a_link_in_place_of_the_lock_has_no_other_file_emptied(enrol: ModuleType
     with pytest.raises(OSError, match="symbolic links"):
         enrol.run(args)
     assert other.read_text() == "content"
+
+
+CONFIG = {
+    "client_id": "0f9d2c4e-5b1a-4c7d-9e8f-102030405060",
+    "brokers": [{"host": "mqtt.example.com", "port": 8883}],
+    "tls": {"ca": "-----BEGIN CERTIFICATE-----\nMII=\n-----END CERTIFICATE-----\n"},
+    "publish": ["devices/0f9d2c4e-5b1a-4c7d-9e8f-102030405060/#"],
+}
+
+
+def answering(enrol: ModuleType, monkeypatch: pytest.MonkeyPatch, status: int, content: bytes) -> list[Any]:
+    """Let the portal answer so; returns where the requests are noted."""
+    asked: list[Any] = []
+
+    def call(_args: object, method: str, path: str, **shown: Any) -> Any:
+        asked.append((method, path, shown))
+        return status, {}, content
+
+    monkeypatch.setattr(enrol, "call", call)
+    return asked
+
+
+def test_what_the_portal_says_of_the_broker_is_written_for_programs_and_for_mosquitto(
+    enrol: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = answering(enrol, monkeypatch, 200, json.dumps(CONFIG).encode())
+    enrol.configure(None, tmp_path)
+    assert asked == [("GET", "/.well-known/onboarding/config", {"credentials": tmp_path})]
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    assert (tmp_path / "ca.pem").read_text() == CONFIG["tls"]["ca"]  # type: ignore[index]
+    options = (tmp_path / "mosquitto-client.conf").read_text().splitlines()
+    assert options[1:4] == ["-h mqtt.example.com", "-p 8883", f"-i {CONFIG['client_id']}"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"brokers": []},
+        {"brokers": [{"host": "a\n--insecure", "port": 8883}]},
+        {"brokers": [{"host": "a", "port": 0}]},
+        {"brokers": [{"host": "a", "port": "x"}]},
+        {"brokers": "a"},
+        {"client_id": "x\n-L mqtts://evil.example"},
+        {"tls": {"ca": ""}},
+        {"tls": None},
+    ],
+)
+def test_an_answer_about_the_broker_that_could_mislead_a_client_is_written_nowhere(
+    enrol: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    answering(enrol, monkeypatch, 200, json.dumps(CONFIG | change).encode())
+    with pytest.raises(enrol.EnrolError) as raised:
+        enrol.configure(None, tmp_path)
+    assert raised.value.status == enrol.LATER
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_portal_says_nothing_of_the_broker(
+    enrol: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answering(enrol, monkeypatch, 404, b"")
+    enrol.configure(None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_broker_is_asked_for_again_once_a_day_and_failing_is_no_failure_of_the_run(
+    enrol: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = answering(enrol, monkeypatch, 503, b"{}")
+    enrol.refresh(None, tmp_path)
+    assert "is not renewed" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    enrol.refresh(None, tmp_path)
+    assert len(asked) == 1
+    os.utime(tmp_path / "config.json", (0, 0))
+    enrol.refresh(None, tmp_path)
+    assert len(asked) == 2
+    assert (tmp_path / "config.json").read_text() == "{}"
 
 
 # --- A key in a TPM --------------------------------------------------------------------------------------------------

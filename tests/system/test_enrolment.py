@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,7 +100,7 @@ def test_a_device_has_its_key_made(deployment: Deployment) -> None:
     Onboarded(newest["device_id"], folder, deployment.mqtt_port).client().close()
 
 
-CUTS = ("key", "request", "answer", "stored", "tried", "moved", "swapped")
+CUTS = ("key", "request", "answer", "stored", "tried", "configured", "moved", "swapped")
 
 
 def tool(deployment: Deployment, *options: str, cut: str = "") -> subprocess.CompletedProcess[str]:
@@ -139,6 +142,27 @@ def test_the_device_s_tool_survives_being_cut_off_at_any_step(deployment: Deploy
     (deployment.folder / "tool" / "current" / "chain.pem").symlink_to("device.pem")
     device = Onboarded(pending["device_id"], current, deployment.mqtt_port)
     device.client().close()
+
+
+def test_the_device_s_tool_writes_what_mosquitto_s_client_needs_and_asks_again_after_a_day(device: Device) -> None:
+    current = device.folder / "current"
+    options = [word for line in (current / "mosquitto-client.conf").read_text().splitlines() for word in line.split()]
+    options = options[options.index("-h") :]
+    topic = f"devices/{device.id}/up"
+    command = ["mosquitto_pub", *options, "-t", topic, "-m", "hello", "-q", "1", "-V", "mqttv5"]
+    done = subprocess.run(command, cwd=current, capture_output=True, text=True, check=False, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads((current / "config.json").read_text())
+    assert said["publish"] == [f"devices/{device.id}/#"]
+    assert {path.stat().st_mode & 0o777 for path in current.iterdir() if not path.is_symlink()} == {0o600}
+    changed = {"topics": [{"filter": "devices/{id}/up/#", "access": "write"}]}
+    assert device.deployment.call("PATCH", f"/devices/{device.id}", changed).status_code == 200
+    assert device.enrol() == 0
+    assert json.loads((current / "config.json").read_text()) == said
+    yesterday = time.time() - 86401
+    os.utime(current / "config.json", (yesterday, yesterday))
+    assert device.enrol() == 0
+    assert json.loads((current / "config.json").read_text())["publish"] == [f"devices/{device.id}/up/#"]
 
 
 @pytest.mark.parametrize("kind", ["eat-jwt", "psa"])

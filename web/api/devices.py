@@ -1,21 +1,17 @@
-"""Devices: register, download the bundle, list, show, change."""
+"""Devices: register, list, show, change."""
 
 from __future__ import annotations
 
-import contextlib
 import ssl
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from core.errors import Gone, LinkUnknown, LinkUsed, TenantSuspended
 from core.roles import Permission
 from core.states import AttestationVerdict, DeviceStatus, PresenceState, renewable_from
 from core.topics import Access
-from delivery.formats import BundleFormat
 from pki.csr import read_csr
 from pki.profiles import DEFAULT
 from store.certificates import CertificateRecord
@@ -41,7 +37,7 @@ from web.api.fields import (
     Time,
     WholeNumber,
 )
-from web.api.routing import ANYONE, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp, share_of
+from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails, Page
 from workflows.presence import DeviceConnection, connection_of
@@ -53,7 +49,6 @@ _CONNECTED = {
 }
 
 ROUTES = Routes("Devices")
-DOWNLOAD = Routes("Download")
 
 
 _LEVEL = r"[ !\"$&-*,-.0-~]+"
@@ -206,6 +201,13 @@ class PatchRequest(ChangesRequest):
         return "external_id" in self.model_fields_set and self.external_id is None
 
 
+class BrokerModel(AnswerModel):
+    """Where a broker is, as devices reach it."""
+
+    host: str
+    port: int
+
+
 class CertificateModel(AnswerModel):
     """A certificate of a device."""
 
@@ -262,11 +264,13 @@ class DeviceSummary(AnswerModel):
 class DeviceModel(DeviceSummary):
     """A device with its certificate, its topics, and whether the broker enforces its newest state.
 
-    `broker` is `closed` if it does, and that is to deny it everything: see `broker_problem`.
+    `broker` is `closed` if it does, and that is to deny it everything: see `broker_problem`. `brokers` is where it
+    connects.
     """
 
     former_external_id: str | None
     broker: BrokerState
+    brokers: list[BrokerModel]
     certificate: CertificateModel | None
     attestation: AttestationModel | None
 
@@ -374,56 +378,6 @@ def register(call: Call, body: RegistrationRequest) -> Reply:
     return Reply(RegisterAnswer.of(registered, broker="pending" if waits else None), headers=location)
 
 
-@DOWNLOAD.add(
-    "GET",
-    "/download/{token}",
-    ANYONE,
-    Answers(
-        "The bundle; the link cannot be used again",
-        media_type=BundleFormat.ZIP.media_type,
-        other_media_types=(BundleFormat.P12.media_type,),
-    ),
-    errors=(403, 409, 410, 429, 503),
-    idempotency_key=True,
-    head_summary="Check a link without using it.",
-)
-def download(call: Call, token: str) -> Reply:
-    """Download a bundle, once; with an `Idempotency-Key` again by the same key for a while. HEAD uses no link."""
-    try:
-        if call.method == "HEAD":
-            record = call.portal.deliveries.check_download(token, call.idempotency_key)
-            bundle_format = BundleFormat(record.format)
-            headers = _bundle_headers(record.device_id, bundle_format, record.length)
-            return Reply(content=b"", media_type=bundle_format.media_type, headers=headers)
-        with _share_of_link(call, token):
-            bundle = call.portal.deliveries.deliver(call.actor, token, call.idempotency_key)
-    except LinkUnknown as error:
-        call.portal.operators.login_failed(call.actor, "bundle:fetch", "link", error.code)
-        raise
-    except LinkUsed as error:
-        # Somebody was not the first to use the link: worth knowing.
-        call.portal.operators.record_used_link(call.actor, error, fetched=call.method != "HEAD")
-        raise
-    except (Gone, TenantSuspended) as error:
-        call.portal.operators.record_late_use(call.actor, "bundle:fetch", "link", error.code)
-        raise
-    headers = _bundle_headers(bundle.device_id, bundle.format, len(bundle.content))
-    return Reply(content=bundle.content, media_type=bundle.format.media_type, headers=headers)
-
-
-def _share_of_link(call: Call, token: str) -> AbstractContextManager[None]:
-    if not call.portal.tenant_terms.are_several:  # whose the link is need not be looked up
-        return contextlib.nullcontext()
-    return share_of(call.portal, call.portal.deliveries.check_download(token, call.idempotency_key).tenant_id)
-
-
-def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) -> dict[str, str]:
-    return {
-        "Content-Disposition": f'attachment; filename="{device_id}.{bundle_format.extension}"',
-        "Content-Length": str(length),
-    }
-
-
 @ROUTES.add("GET", "/devices", Permission.READ, errors=(409,))
 def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
     """List devices, newest first; with `expires_before`, those that expire soonest first, unless `sort` says else."""
@@ -516,6 +470,7 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
         device_id=details.device.id,
         topics=[TopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
         **broker_state(details),
+        brokers=[BrokerModel(host=one.host, port=one.port) for one in call.portal.settings.broker_addresses],
         connection=connection_model(details.connection),
         certificate=None if certificate is None else certificate_model(certificate),
         attestation=None if details.attestation is None else AttestationModel.of(details.attestation),
@@ -536,6 +491,3 @@ def connection_model(connection: DeviceConnection | None) -> ConnectionModel | N
 def certificate_model(record: CertificateRecord) -> CertificateModel:
     """Return a certificate as answers show it."""
     return CertificateModel.of(record, certificate=ssl.DER_cert_to_PEM_cert(record.der))
-
-
-ROUTES += DOWNLOAD

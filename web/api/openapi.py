@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 from core.errors import NotFound
 from web.api import problems
 from web.api.problems import ProblemModel
-from web.api.routing import IDEMPOTENCY_KEY, PATH_PARTS, Answers, Route, RowBody
+from web.api.routing import FORM, HTML, IDEMPOTENCY_KEY, JSON, PATH_PARTS, Answers, Route, RowBody
 
 VERSION = "1"
 _ERROR_HEADERS = {
@@ -150,6 +150,8 @@ def _responses(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         responses["304"] = {"description": "Not modified", "headers": _headers(answers.headers)}
     plain = route.path.startswith(problems.IN_PLAIN_TEXT)
     said = {problems.MEDIA_TYPE: {"schema": schemas["by_model"][ProblemModel]}}
+    if route.for_people:
+        said[HTML] = {"schema": {"type": "string"}}
     for status in sorted(_error_statuses(route)):
         responses[str(status)] = {
             "description": HTTPStatus(status).phrase,
@@ -224,7 +226,7 @@ def _rows_of(rows: RowBody, media_type: str, row: Any) -> dict[str, Any]:
 def request_body(route: Route, schemas: Mapping[type[BaseModel], Any]) -> dict[str, Any] | None:
     """Describe the body of a route, ``None`` if it has none; ``schemas`` has the schema of each model."""
     if route.body is not None:
-        content: dict[str, Any] = {"application/json": {"schema": schemas[route.body]}}
+        content: dict[str, Any] = {FORM if route.form else JSON: {"schema": schemas[route.body]}}
         return {"required": not route.body_optional, "content": content}
     if route.octets is not None:
         content = {route.octets.media_type: {"schema": {"type": "string", "format": "binary"}}}

@@ -7,10 +7,11 @@ import binascii
 import dataclasses
 import hashlib
 import re
+import ssl
 from datetime import datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
 
-from core.errors import NotFound
+from core.errors import NotFound, Unavailable
 from pki.issuers import CLOCK_SKEW
 from pki.ocsp import MAX_BYTES, Failure
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Routes
@@ -74,6 +75,8 @@ def _not_modified_since(header: str | None, last_modified: datetime) -> bool:
 
 
 _PEM = "application/x-pem-file"
+_SHA256 = re.compile("[0-9a-f]{64}")
+_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----\n[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----\n?")
 _ETAG = {"ETag": "For If-None-Match"}
 _TIMES = {"Last-Modified": "When the CRL was made", "Expires": "Its nextUpdate"}
 
@@ -125,11 +128,16 @@ def ca_pem_of(call: Call, issuer: str) -> Reply:
     "/ca/{issuer}.cer",
     ANYONE,
     Answers("One CA certificate, DER", media_type="application/pkix-cert", headers=_ETAG),
+    errors=(503,),
     on_pki_listener=True,
 )
 def ca_certificate(call: Call, issuer: str) -> Reply:
-    """Return one CA certificate (caIssuers of RFC 5280 section 4.2.2.1)."""
-    return cached(call, _issuer(call, issuer).der, "application/pkix-cert", max_age=3600)
+    """Return one CA certificate (caIssuers of RFC 5280 section 4.2.2.1).
+
+    In place of a CA's name the SHA-256 of a certificate that clients of this server trust may be given, in hex.
+    """
+    der = _trusted(call, issuer) if _SHA256.fullmatch(issuer) else _issuer(call, issuer).der
+    return cached(call, der, "application/pkix-cert", max_age=3600)
 
 
 @ROUTES.add(
@@ -158,6 +166,18 @@ def crl(call: Call, issuer: str) -> Reply:
         expires=record.next_update,
         tag=tag_of(f"{record.issuer_id} {record.number} {record.this_update}".encode()),  # cheaper than of megabytes
     )
+
+
+def _trusted(call: Call, fingerprint: str) -> bytes:
+    """Return the certificate, DER, among those that clients of HTTPS trust; raise ``NotFound``."""
+    try:
+        found = _CERTIFICATE.findall(call.portal.settings.https_ca_file.read_text(encoding="ascii"))
+    except OSError as error:
+        raise Unavailable("What clients trust cannot be read; restart the portal.") from error
+    for der in map(ssl.PEM_cert_to_DER_cert, found):
+        if hashlib.sha256(der).hexdigest() == fingerprint:
+            return der
+    raise NotFound("Clients of this server trust no certificate with this fingerprint; the chain is at /ca.pem.")
 
 
 def _issuer(call: Call, name: str) -> RecordedIssuer:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
+from urllib.parse import parse_qsl
 
 from flask import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from operations.wiring import Portal
 
 JSON, NDJSON = "application/json", "application/x-ndjson"
+HTML, FORM = "text/html", "application/x-www-form-urlencoded"
 ANYONE: Permission | None = None  # in place of a permission: a route that asks for no token
 MAX_PROBLEMS = 32
 MAX_COUNTED = 1000  # of more problems none is named: pydantic can only list all of them, which takes long
@@ -174,9 +176,10 @@ class Route:
     answer's.
 
     With ``token_optional`` a route for ``ANYONE`` checks a token that comes along; with ``for_devices``, too, only a
-    Bearer token is one, and the handler reads what a device has sent. Every GET answers HEAD, too; with
-    ``head_summary`` the OpenAPI text says so. ``also`` are further answers that are no errors; ``errors`` need not name
-    the statuses that follow from the path, the permission and the body.
+    Bearer token is one, and the handler reads what a device has sent. With ``form`` the body is that of an HTML form.
+    Every GET answers HEAD, too; with ``head_summary`` the OpenAPI text says so. With ``for_people`` a browser gets
+    answers, those about errors among them, as pages. ``also`` are further answers that are no errors; ``errors`` need
+    not name the statuses that follow from the path, the permission and the body.
     """
 
     method: str
@@ -193,6 +196,8 @@ class Route:
     body_optional: bool = False
     token_optional: bool = False
     for_devices: bool = False
+    for_people: bool = False
+    form: bool = False
     head_summary: str = ""
     tag: str = ""
     body: type[BaseModel] | None = field(init=False)
@@ -272,7 +277,7 @@ PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
     "profile": (PROFILE_NAME, NotFound, "No certificate profile has this name; list them with GET /profiles."),
     "tenant": (PROFILE_NAME, NotFound, "No tenant has this name; list them with GET /tenants."),
     "label": ("^[A-Za-z0-9._-]{1,64}$", NotFound, "Unknown EST label; leave it out, or use the tenant's name."),
-    "issuer": ("^[a-z0-9-]{1,63}$", NotFound, "No issuer has this name; the certificate chain is at /ca.pem."),
+    "issuer": ("^[a-z0-9-]{1,64}$", NotFound, "No issuer has this name; the certificate chain is at /ca.pem."),
     "token": (
         "^[A-Za-z0-9._-]{1,512}$",
         LinkUnknown,
@@ -376,7 +381,8 @@ def read_arguments(route: Route, request: Request, path: Mapping[str, str]) -> d
     if route.octets is not None:
         arguments["body"] = _read_octets(route.octets, request)
     if route.body is not None:
-        arguments["body"] = _read_json(route.body, request, optional=route.body_optional)
+        read = _read_form if route.form else _read_json
+        arguments["body"] = read(route.body, request, optional=route.body_optional)
     if route.query is not None:
         arguments["query"] = read_fields(route.query, request.args)
     return arguments
@@ -422,6 +428,25 @@ def _read_json(model: type[BaseModel], request: Request, *, optional: bool) -> B
         if is_no_json(error):
             raise RequestMalformed("The body is not JSON in UTF-8; check it with a JSON parser.") from None
         raise input_invalid(error) from None
+
+
+def _read_form(model: type[BaseModel], request: Request, *, optional: bool) -> BaseModel:
+    content = request.get_data(cache=False)
+    if not content and optional:
+        return model()
+    if request.mimetype != FORM:
+        raise MediaTypeUnsupported(f"The body must be that of a form; send it with Content-Type: {FORM}.")
+    try:
+        pairs = parse_qsl(
+            content.decode("ascii"),
+            keep_blank_values=True,
+            strict_parsing=True,
+            errors="strict",
+            max_num_fields=MAX_PROBLEMS,
+        )
+    except ValueError:
+        raise RequestMalformed(f"The body is not {FORM}: NAME=VALUE, percent-encoded UTF-8, joined by &.") from None
+    return read_fields(model, MultiDict(pairs))
 
 
 def read_fields(model: type[BaseModel], fields: MultiDict[str, str]) -> BaseModel:

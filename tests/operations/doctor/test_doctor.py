@@ -19,9 +19,9 @@ from config import Settings
 from core.broker_control import AclStyle, ControlKind
 from core.roles import Role
 from core.states import ClientKind
-from operations.doctor import authority, data, doctor
+from operations.doctor import authority, data, doctor, network
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
-from operations.doctor.doctor import exit_status
+from operations.doctor.doctor import examine, exit_status
 from operations.doctor.mosquitto import bridge_warnings, mistakes, read_configuration, size_warnings, version_of
 from operations.wiring import Portal, prepare
 from pki.profiles import CertificateProfile
@@ -640,3 +640,19 @@ def test_what_each_tenant_has_is_looked_at(portal: Portal) -> None:
     found = examined(portal, "tokens", "certificate profiles")
     assert "1 operator tokens never expire: endless." in found["tokens"].detail
     assert found["certificate profiles"].detail.startswith("1 beside the built-in one")
+
+
+def test_an_address_of_the_broker_that_only_this_machine_reaches_is_found(
+    make_settings: Callable[..., Settings], clock: Clock
+) -> None:
+    check = (("broker address", network.broker_address),)
+    for host, url, state in (
+        ("localhost", "https://localhost:8443", State.OK),
+        ("mqtt.example.com", "https://portal.example.com", State.OK),
+        ("localhost", "https://portal.example.com", State.WARNING),
+        ("127.0.0.1", "https://192.0.2.7:8443", State.WARNING),
+    ):
+        settings = make_settings(PORTAL_MQTT_HOST=host, PORTAL_PUBLIC_URL=url)
+        [finding] = examine(settings, clock, checks=check)
+        assert finding.state is state, finding
+    assert "PORTAL_MQTT_HOST" in finding.advice

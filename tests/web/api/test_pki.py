@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
 from app import ROUTES, create_app, portal_of
@@ -305,3 +307,13 @@ def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, a
     assert after.headers["ETag"] != before.headers["ETag"]
     fresh = api_as(app, None).get("/crl/issuing-1.crl", headers={"If-None-Match": after.headers["ETag"]}, **CLEAR)
     assert (fresh.status_code, fresh.data) == (304, b"")
+
+
+def test_a_certificate_that_clients_of_the_server_trust_is_there_under_its_fingerprint(api: Api, app: Flask) -> None:
+    anyone = api_as(app, None)
+    trusted = x509.load_pem_x509_certificates(portal_of(app).settings.https_ca_file.read_bytes())
+    for one in trusted:
+        der = one.public_bytes(Encoding.DER)
+        answer = anyone.get(f"/ca/{hashlib.sha256(der).hexdigest()}.cer")
+        assert (answer.status_code, answer.data, answer.content_type) == (200, der, "application/pkix-cert")
+    problem_of(anyone.get(f"/ca/{'0' * 64}.cer"), 404, "not_found")

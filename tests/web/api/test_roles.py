@@ -34,6 +34,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "POST /devices/{device_id}/suspend": {SYSTEM, ADMIN, OPERATOR},
     "POST /devices/{device_id}/resume": {SYSTEM, ADMIN, OPERATOR},
     "GET /download/{token}": ANYONE,
+    "POST /download/{token}": ANYONE,
     "GET /ca.pem": ANYONE,
     "GET /broker-ca.pem": ANYONE,
     "GET /ca/{issuer}.cer": ANYONE,
@@ -45,6 +46,7 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "POST /devices": {SYSTEM, ADMIN, OPERATOR},
     "POST /attestation/nonce": {SYSTEM, ADMIN, OPERATOR},  # and devices, by their own credentials
     "POST /enroll": ANYONE,
+    "GET /.well-known/onboarding/config": ANYONE,
     "GET /enrolments": {SYSTEM, ADMIN, OPERATOR, AUDITOR},
     "GET /devices/{device_id}/enrolment": {SYSTEM, ADMIN, OPERATOR, AUDITOR},
     "POST /devices/{device_id}/approve": {SYSTEM, ADMIN, OPERATOR},
@@ -111,6 +113,10 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /docs": ANYONE,
 }
 
+# No token helps there, nor is one needed: tests/web/api/test_device_configuration.py.
+BY_CERTIFICATE = "GET /.well-known/onboarding/config"
+BY_ROLE = [route for route in MAY_CALL if route != BY_CERTIFICATE]
+
 
 @pytest.fixture(scope="module")
 def clients(shared_app: Flask) -> dict[Role | None, Api]:
@@ -130,7 +136,7 @@ def test_every_route_has_a_decision_here_and_every_decision_a_route() -> None:
 
 
 @ON_SQLITE
-@pytest.mark.parametrize(("route", "role"), [*itertools.product(MAY_CALL, (*Role, None))])
+@pytest.mark.parametrize(("route", "role"), [*itertools.product(BY_ROLE, (*Role, None))])
 def test_a_role_may_call_what_the_table_says_and_nothing_else(
     clients: dict[Role | None, Api], route: str, role: Role | None
 ) -> None:
@@ -148,7 +154,7 @@ def test_a_role_may_call_what_the_table_says_and_nothing_else(
 
 @ON_SQLITE
 @pytest.mark.parametrize("role", [*Role, None])
-@pytest.mark.parametrize("route", [route for route in MAY_CALL if route.startswith("GET ")])
+@pytest.mark.parametrize("route", [route for route in BY_ROLE if route.startswith("GET ")])
 def test_head_needs_the_same_role_as_get(clients: dict[Role | None, Api], route: str, role: Role | None) -> None:
     answer = call(clients[role], route, "HEAD")
     assert (answer.status_code in (401, 403)) == (role not in MAY_CALL[route])

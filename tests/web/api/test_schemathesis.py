@@ -205,7 +205,7 @@ def judge(case: schemathesis.Case[Any], there: There) -> None:
         fit(case, there)
     if any(value in (None, [], {}) for value in case.query.values()):
         return  # sent as nothing at all, it is no mistake that could be refused
-    if case.path.endswith("/simplereenroll"):
+    if case.path.endswith(("/simplereenroll", "/onboarding/config")):
         return  # it wants a client certificate, which is shown in TLS
     of_device = case.path.startswith(IN_PLAIN_TEXT)
     if of_device and case.method == "POST" and not (case.meta and case.meta.generation.mode.is_positive):

@@ -1,0 +1,206 @@
+"""What is passed on to who sets up a device: the link, and the commands that fetch and open its bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import socket
+import ssl
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import click
+import requests
+from urllib3.exceptions import HTTPError, InsecureRequestWarning
+
+from commands.client import Client
+from commands.context import Remote
+from commands.errors import CheckFailed, CliError, Unreachable
+from onboarding_portal import VERSION
+
+SECONDS = 5.0  # that what is only for the block may take
+MAX_CERTIFICATE = 64 * 1024  # bytes
+
+
+class RootFingerprint(click.ParamType[str]):
+    """The SHA-256 fingerprint of a certificate: 64 hexadecimal digits, with colons or without."""
+
+    name = "sha256"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the digits in lower case."""
+        digits = value.replace(":", "").lower()
+        if not re.fullmatch("[0-9a-f]{64}", digits):
+            self.fail("a fingerprint has 64 hexadecimal digits.", param, ctx)
+        return digits
+
+
+FINGERPRINT = click.option(
+    "--fingerprint",
+    type=RootFingerprint(),
+    metavar="SHA256",
+    help="Trust the portal by the fingerprint of its root certificate, in place of --ca-file.",
+)
+
+
+def base_of(link: str) -> str:
+    """Return the portal's URL in a download link."""
+    return link.rpartition("/download/")[0]
+
+
+# --- Whom the recipient trusts ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """How somebody without an account verifies the portal: by ``fingerprint``, by a file, or as any web server."""
+
+    fingerprint: str | None = None
+    ca_file: Path | None = None
+
+    @property
+    def option(self) -> str:
+        """Return the option of ``portal download``, with a blank before it."""
+        if self.fingerprint is not None:
+            return f" --fingerprint {self.fingerprint}"
+        return "" if self.ca_file is None else f" --ca-file {shlex.quote(self.ca_file.name)}"
+
+
+def trust_at(portal: Remote, base: str) -> Trust:
+    """Return how the portal is verified at the URL in its links, which may be another than the operator's."""
+    ca_file = portal.settings.ca_file
+    if ca_file is None or not base.startswith("https:"):
+        return Trust()
+    client = Client(portal.settings, version=VERSION, patience=SECONDS)
+    try:
+        served = [root for root in _roots(ca_file) if _is_served(client, base, root)]
+    except CliError:
+        # Not by the operator's CA: behind a front server, or not to be reached from here.
+        return Trust() if base != portal.settings.url else Trust(ca_file=ca_file)
+    if not served:
+        return Trust(ca_file=ca_file)
+    leading = served if len(served) == 1 else [root for root in served if _leads_to(base, root)]
+    return Trust(sha256(leading[0] if leading else served[0]).hexdigest())
+
+
+def _roots(ca_file: Path) -> Sequence[bytes]:
+    """Return the self-signed certificates in a file, each in DER."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    try:
+        found = x509.load_pem_x509_certificates(ca_file.read_bytes())
+    except (OSError, ValueError):
+        return ()
+    return [one.public_bytes(Encoding.DER) for one in found if one.subject == one.issuer]
+
+
+def _is_served(client: Client, base: str, root: bytes) -> bool:
+    answer = client.get_public(f"{base}/ca/{sha256(root).hexdigest()}.cer")
+    return answer.status == 200 and answer.body == root
+
+
+def _leads_to(base: str, root: bytes) -> bool:
+    """Tell whether the server's certificate verifies by this root alone, while there are two of them."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=root)
+    parts = urlsplit(base)
+    host = parts.hostname or ""
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((host, parts.port or 443), timeout=SECONDS) as plain,
+        context.wrap_socket(plain, server_hostname=host),
+    ):
+        return True
+    return False
+
+
+def trust_by_fingerprint(portal: Remote, link: str, fingerprint: str) -> None:
+    """Fetch the root certificate with this fingerprint, and verify the portal by it from now on.
+
+    It is fetched from a server that nothing verifies yet, which is no harm: no other certificate has this SHA-256.
+    Raises ``CheckFailed`` if the server has none, ``Unreachable``.
+    """
+    base = base_of(link)
+    try:
+        with contextlib.closing(requests.Session()) as session, warnings.catch_warnings():
+            warnings.simplefilter("ignore", InsecureRequestWarning)
+            session.trust_env = False
+            answer = session.get(
+                f"{base}/ca/{fingerprint}.cer", verify=False, timeout=SECONDS, allow_redirects=False, stream=True
+            )
+            der = answer.raw.read(MAX_CERTIFICATE, decode_content=True)
+    except (requests.RequestException, HTTPError):
+        raise Unreachable(f"The portal does not answer at {base}.", hints=["Check the link and the network."]) from None
+    if sha256(der).hexdigest() != fingerprint:
+        raise CheckFailed(
+            f"The server at {base} has no root certificate with this fingerprint, so it may be another than the portal;"
+            " the link was not used.",
+            hints=["Check that link and fingerprint were copied whole; ask whoever sent them."],
+        )
+    with tempfile.NamedTemporaryFile("w", suffix=".pem", delete=False) as file:
+        file.write(ssl.DER_cert_to_PEM_cert(der))
+    portal.trust(Path(file.name))
+
+
+# --- The block ----------------------------------------------------------------------------------------------------
+
+
+def show_handover(portal: Remote, link: str, *, name: str, device_id: str, until: str) -> None:
+    """Print what to pass on: the link, what to do with it, never the password."""
+    trust, file = trust_at(portal, base_of(link)), _file_behind(portal, link) or f"{device_id}.zip"
+    lines = [
+        f"Credentials of {name}, to be fetched once, until {until}:",
+        link,
+        "",
+        "The password comes by another way. In a browser the link says what to do,",
+        "and is used up by the button there alone. With the portal command:",
+        "",
+        f"  portal download {shlex.quote(link)}{trust.option}",
+        "",
+        f"Without it, with {_tools(trust, file)}:",
+        "",
+        *(f"  {line}" for line in by_hand(link, file, trust)),
+    ]
+    if trust.fingerprint is not None:
+        lines += ["", "SHA-256 fingerprint of the portal's root certificate:", trust.fingerprint]
+    portal.out.block("Pass this on, and the password by another way:", lines)
+    if trust.ca_file is not None:
+        portal.out.note(f"Send {trust.ca_file} along: the portal is verified by it.")
+
+
+def _file_behind(portal: Remote, link: str) -> str | None:
+    with contextlib.suppress(CliError):
+        return Client(portal.settings, version=VERSION, patience=SECONDS).file_behind(link)
+    return None
+
+
+def _tools(trust: Trust, file: str) -> str:
+    opener, checks = "openssl" if file.endswith(".p12") else "7z", trust.fingerprint is not None
+    tools = ["curl", *(["sha256sum", "openssl"] if checks else []), opener]
+    return f"{', '.join(dict.fromkeys(tools[:-1]))} and {opener}, which asks for the password"
+
+
+def by_hand(link: str, file: str, trust: Trust) -> list[str]:
+    """Return the lines of one shell command that fetches a bundle and opens it, without the portal's own command."""
+    folder, quoted = file.rpartition(".")[0], shlex.quote(link)
+    lines, verify = [], ""
+    if trust.fingerprint is not None:
+        root = f"{base_of(link)}/ca/{trust.fingerprint}.cer"
+        lines = [
+            f"curl -fsSk {shlex.quote(root)} -o root.cer &&",
+            f"echo '{trust.fingerprint}  root.cer' | sha256sum -c &&",
+            "openssl x509 -inform DER -in root.cer -out root.pem &&",
+        ]
+        verify = " --cacert root.pem"
+    elif trust.ca_file is not None:
+        verify = f" --cacert {shlex.quote(trust.ca_file.name)}"
+    in_p12 = file.endswith(".p12")
+    opened = f"openssl pkcs12 -in {file} -out {folder}.pem" if in_p12 else f"7z x -o{folder} {file}"
+    return [*lines, f"curl -fsS{verify} {quoted} -o {file} &&", opened]
