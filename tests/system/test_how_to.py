@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,13 +69,24 @@ def test_the_commands_of_a_page_do_what_it_says(deployment: Deployment, page: st
         deployment.start_portal()
 
 
-def test_the_python_program_for_devices_has_its_message_acknowledged(deployment: Deployment) -> None:
-    page = "code-for-devices-in-python"
-    [program] = blocks("code-for-devices", "python")
-    prepared = blocks("code-for-devices", "bash")[0]
-    (deployment.folder / "device.py").write_text(program)
-    printed = run(deployment, page, f"{prepared}\n{sys.executable} {deployment.folder}/device.py")
-    assert "acknowledged: True" in printed
+@pytest.fixture(scope="module")
+def pump(deployment: Deployment) -> str:
+    """The first block of the page about code, which registers a device, run in a folder of the tests of programs."""
+    prepared = blocks("code-for-devices", "bash")[0].replace("pump-3", "pump-33")
+    run(deployment, "programs", prepared)
+    return "pump-33"
+
+
+def test_the_python_program_for_devices_has_its_message_acknowledged(deployment: Deployment, pump: str) -> None:
+    program = f"cd {pump}; portal show {pump} --snippet python > device.py; {sys.executable} device.py"
+    assert "acknowledged: True" in run(deployment, "programs", program)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
+def test_the_program_for_node_has_its_message_acknowledged(deployment: Deployment, pump: str) -> None:
+    program = f"cd {pump}; portal show {pump} --snippet node > device.js; npm install mqtt@5 >&2; node device.js"
+    assert run(deployment, "programs", program) == "acknowledged\n"
 
 
 def test_every_page_is_in_the_list_of_the_guides() -> None:
