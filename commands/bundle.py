@@ -261,7 +261,7 @@ def _check_encrypted(entry: pyzipper.zipfile_aes.AESZipInfo) -> None:
     if not entry.flag_bits & 1 or entry.wz_aes_version is None or entry.wz_aes_strength != AES_256:
         raise CheckFailed(
             f"{entry.filename} is not encrypted with AES-256 in this bundle, so it may have been replaced; "
-            "nothing was unpacked. Revoke the device and register it again."
+            "nothing was unpacked. Renew the device with --overlap 0, which makes new credentials and ends these."
         )
     # The sizes are not authenticated: a smaller one would truncate the content.
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size - AES_OVERHEAD:

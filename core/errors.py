@@ -362,7 +362,7 @@ class LinkUsed(Gone):
         at = "" if delivered_at is None else f" at {delivered_at:%Y-%m-%d %H:%M:%S} UTC"
         super().__init__(
             f"This link was used{at}; if that was not you, give the device new credentials with portal renew"
-            " --overlap-hours 0, which revokes those in the bundle at once."
+            " DEVICE --overlap 0, which revokes those in the bundle at once."
         )
         self.device_id = device_id
         self.delivery_id = delivery_id

@@ -196,3 +196,18 @@ def test_the_readme_shows_the_options_that_all_commands_share() -> None:
 def test_the_readme_lists_all_commands() -> None:
     listed = re.findall(r"^  (\w+) {2,}[A-Z].*\.$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert listed == [name for section in SECTIONS.values() for name in section]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "docs/how-to/something-is-lost.md",
+        "docs/operating.md",
+        "docs/security.md",
+        "docs/reliability.md",
+        "core/errors.py",
+    ],
+)
+def test_what_to_do_about_a_link_that_is_lost_is_said_in_one_way(path: str) -> None:
+    text = re.sub(r'"\s+"', "", (ROOT / path).read_text())
+    assert re.search(r"portal renew (DEVICE|pump-2) --overlap 0", text), path
