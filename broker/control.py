@@ -212,6 +212,10 @@ class BrokerControl(Protocol):
         """
 
     @property
+    def asks_whom_it_refuses(self) -> bool:
+        """Whether ``enforce`` asks the broker about an identity that it must refuse."""
+
+    @property
     def publishes_crls(self) -> bool:
         """Whether drafts put off CRLs, which ``publish_crls`` gives to the broker."""
 

@@ -48,6 +48,7 @@ from workflows.bulk.upload import Bulk
 from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries, KeptAnswers
 from workflows.devices import Inventory
+from workflows.enforcement import Enforcements
 from workflows.enrolment.approval import Approvals
 from workflows.enrolment.clients import TlsClients
 from workflows.enrolment.credentials import EnrolmentTokens
@@ -116,6 +117,7 @@ class Portal:
     bulk: Bulk
     deliveries: Deliveries
     revocations: DeviceRevocations
+    enforcements: Enforcements
     renewals: Renewals
     clients: TlsClients
     profiles: CertificateProfiles
@@ -298,6 +300,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         bulk=_bulk(base, shared),
         deliveries=Deliveries(settings, database, tenant_terms, reconciler, base.link_keys, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
+        enforcements=Enforcements(database, reconciler.steps, reconciler.broker_answers),
         renewals=Renewals(
             settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, clock
         ),

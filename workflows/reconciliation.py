@@ -31,6 +31,7 @@ from workflows import events
 from workflows.access import BrokerTenants, complete_draft
 from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
+from workflows.enforcement import STEPS_FILE, Progress, Step, StepsFile
 from workflows.events import EventType
 from workflows.restarts import LEAST_SPACING, BrokerRestarts
 
@@ -82,6 +83,7 @@ class _Progress:
     """How far a reconciliation has come."""
 
     target: _Target | None = None
+    steps: Progress | None = None
     installed: int = 0
     enforced: int = 0
 
@@ -110,6 +112,7 @@ class Reconciler:
             settings, lambda deadline: broker.waits(probe_certificates, deadline), self._active_devices
         )
         self._lock = FileLock(settings.data_dir / ".pass.lock")
+        self.steps = StepsFile(settings.data_dir / STEPS_FILE)
         self.crls = CrlPublication(settings, database, authority, broker, probe_certificates, clock, first_tenant)
         self._counting = threading.Lock()
         self._begun = 0
@@ -317,6 +320,8 @@ class Reconciler:
         except PortalError as error:
             metrics.counts.passes.labels("failed").inc()
             self._log_problem(error.detail, progress.installed, progress.enforced)
+            if progress.steps is not None:
+                progress.steps.failed(error.detail)
             if progress.target is not None:
                 self._announce_pending(progress.target, error.detail)
             return Outcome(progress.installed, progress.enforced, error.detail)
@@ -324,6 +329,8 @@ class Reconciler:
             metrics.counts.passes.labels("failed").inc()
             log.exception("reconciliation failed unexpectedly")
             problem = "Unexpected error; the portal's log has the cause."
+            if progress.steps is not None:
+                progress.steps.failed(problem)
             return Outcome(progress.installed, progress.enforced, problem)
         self._last_problem = ("", 0.0)
         self._announced.clear()
@@ -335,17 +342,22 @@ class Reconciler:
         failpoint("apply.begin")
         target = progress.target = self._prepare()
         generation, progress.enforced = target.state.generation, target.state.applied_generation
+        steps = progress.steps = Progress(self.steps, progress.enforced, generation, self._clock())
         has_crls = self._install(target)
         progress.installed = generation
         failpoint("apply.after_install")
         shown = self._probe_certificates if target.disconnected or target.crls or target.in_doubt else None
         self._broker.enforce(generation, deadline, certificates=shown)
+        asked = shown is not None and self._broker.control.asks_whom_it_refuses
+        steps.proven(Step.DENIED, *([Step.REFUSED] if asked else []))
         failpoint("apply.after_reload")
         if ended := [*target.disconnected, *target.narrowed]:
             self._broker.disconnect(ended, deadline, revoked=target.revoked)
+        steps.proven(Step.CUT)
         failpoint("apply.after_cut")
         if has_crls and (shown is not None or self._broker.control.publishes_crls):
             self._broker.probe(self._probe_certificates, deadline)
+            steps.proven(Step.REFUSED)
         if target.disconnected:
             self._broker.check_resumption(generation, self._probe_certificates, deadline)
         failpoint("apply.after_probe")
@@ -357,6 +369,7 @@ class Reconciler:
                 self._record(tx, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation)
             failpoint("apply.before_recorded")
         failpoint("apply.after_recorded")
+        steps.proven(Step.ENFORCED)
         progress.enforced = generation
         if target.puts_off_crls:
             self.crls.wake()

@@ -249,6 +249,7 @@ class GuardControl:
             raise _other_version(TENANTS_VERSION)
 
     publishes_crls = True
+    asks_whom_it_refuses = True
     narrows_at_once = True
     clears_retained = True
 

@@ -1,0 +1,211 @@
+"""How a revocation or suspension took hold on the broker: each step with its time, once it was proven.
+
+The reconciler notes the steps of each generation in a file of the data folder, a ring of the newest ones, which each
+process reads. It need not survive anything: that the broker enforces a device's state is in the database.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+
+import db
+from core.states import DeviceStatus
+from store import audit, generations
+from store.database import Database
+from store.devices import DeviceRecord
+
+log = logging.getLogger("portal.enforcement")
+
+STEPS_FILE = ".enforcement"
+SLOTS, SLOT_BYTES = 512, 256
+_FIELDS = struct.Struct("<QQd4fH")  # since, generation, time of the snapshot, seconds from it to each step, length
+_CHECK = struct.Struct("<I")
+_PROBLEM_BYTES = SLOT_BYTES - _CHECK.size - _FIELDS.size
+_CHANGES = {"device:revoke": DeviceStatus.REVOKED, "device:suspend": DeviceStatus.SUSPENDED}
+_LOOKED_AT = 20  # audit entries of a device
+
+
+class Step(StrEnum):
+    """What is proven of a change one after the other, after it was recorded."""
+
+    DENIED = "denied"  # the broker has proven that it has the change
+    REFUSED = "refused"  # somebody else's revoked certificate was seen to be refused
+    CUT = "cut"  # the connections of the devices were ended
+    ENFORCED = "enforced"  # all of it, and recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What a reconciliation has proven of the changes after generation ``since`` up to ``generation``.
+
+    ``at`` is when it read them from the database; ``problem`` is why it has failed.
+    """
+
+    since: int
+    generation: int
+    at: datetime
+    proven: Mapping[Step, datetime]
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepsFile:
+    """The newest attempts, each in the slot of its generation; one process writes at a time, and any reads."""
+
+    path: Path
+
+    def write(self, since: int, generation: int, at: float, seconds: Sequence[float], problem: str = "") -> None:
+        """Write the slot of a generation; ``seconds`` are those of each step after ``at``, or not a number."""
+        text = problem.encode()[:_PROBLEM_BYTES]
+        body = _FIELDS.pack(since, generation, at, *seconds, len(text)) + text
+        body = body.ljust(SLOT_BYTES - _CHECK.size, b"\0")
+        with contextlib.suppress(OSError):  # what is proven does not depend on it
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(descriptor, _CHECK.pack(zlib.crc32(body)) + body, generation % SLOTS * SLOT_BYTES)
+            finally:
+                os.close(descriptor)
+
+    def read(self, generation: int) -> list[Attempt]:
+        """Return the attempts that had a generation's changes to prove, oldest first; without those overwritten."""
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            return []
+        found = []
+        for start in range(0, len(content) - SLOT_BYTES + 1, SLOT_BYTES):
+            since, upto = struct.unpack_from("<QQ", content, start + _CHECK.size)
+            if since < generation <= upto:
+                attempt = _attempt(content[start : start + SLOT_BYTES])
+                found += [] if attempt is None else [attempt]
+        return sorted(found, key=lambda attempt: attempt.generation)
+
+
+def _attempt(slot: bytes) -> Attempt | None:
+    body = slot[_CHECK.size :]
+    if _CHECK.unpack_from(slot)[0] != zlib.crc32(body):
+        return None  # it is being written
+    since, generation, at, *seconds, length = _FIELDS.unpack_from(body)
+    text = body[_FIELDS.size : _FIELDS.size + length].decode(errors="ignore")
+    began = datetime.fromtimestamp(at, UTC)
+    proven = {
+        step: began + timedelta(seconds=after)
+        for step, after in zip(Step, seconds, strict=True)
+        if not math.isnan(after)
+    }
+    return Attempt(since, generation, began, proven, text)
+
+
+@dataclass(slots=True)
+class Progress:
+    """Notes the steps of one reconciliation, which has read the changes just now.
+
+    A repeat of one that has failed keeps the times of what that has proven.
+    """
+
+    _file: StepsFile
+    since: int
+    generation: int
+    at: datetime
+    _seconds: dict[Step, float] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        before = next((one for one in self._file.read(self.generation) if one.generation == self.generation), None)
+        if before is not None and before.since == self.since and Step.ENFORCED not in before.proven:
+            self._started -= (self.at - before.at).total_seconds()
+            self.at = before.at
+            self._seconds = {step: (at - before.at).total_seconds() for step, at in before.proven.items()}
+        self._write("" if before is None else before.problem)
+
+    def proven(self, *steps: Step) -> None:
+        """Note that these steps were seen just now."""
+        for step in steps:
+            self._seconds.setdefault(step, time.monotonic() - self._started)
+        self._write("")
+
+    def failed(self, problem: str) -> None:
+        """Note why it ends before the next step."""
+        self._write(problem)
+
+    def _write(self, problem: str) -> None:
+        seconds = [self._seconds.get(step, math.nan) for step in Step]
+        self._file.write(self.since, self.generation, self.at.timestamp(), seconds, problem)
+
+
+# --- What is shown of a device ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Enforcement:
+    """How far the newest state of a device that is revoked or suspended has taken hold.
+
+    ``recorded_at`` is when that was recorded. ``proven`` has the time of each step that was seen, as far as it is still
+    known; ``is_enforced`` is certain. ``problem`` is why it is not, if a reconciliation has failed.
+    """
+
+    device: DeviceRecord
+    recorded_at: datetime
+    proven: Mapping[Step, datetime]
+    is_enforced: bool
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Enforcements:
+    """Reads how changes of devices took hold."""
+
+    _database: Database
+    _file: StepsFile
+    _broker_answers: Callable[[], bool]
+
+    def of(self, tenant_id: str, device_id: str) -> Enforcement | None:
+        """Return how a revoked or suspended device is kept out, ``None`` for others; raises ``DeviceNotFound``."""
+        with self._database.snapshot() as tx:
+            device = db.get_device(tx, tenant_id, device_id)
+            if device.status not in _CHANGES.values():
+                return None
+            state = generations.get_broker_state(tx)
+            of_device = {"object": device.name_in_audit}
+            entries = audit.list_audit_entries(tx, tenant_id, limit=_LOOKED_AT, filters=of_device)
+        newest = next((entry for entry in entries if _is_told(entry)), None)
+        is_enforced = device.generation <= state.applied_generation
+        if newest is None or _CHANGES.get(newest.action) is not device.status:  # its topics have changed since
+            recorded = device.revoked_at or device.updated_at
+            return Enforcement(device, recorded, {}, is_enforced, None if is_enforced else self._problem(()))
+        attempts = [one for one in self._file.read(device.generation) if one.at >= newest.at]
+        proven: dict[Step, datetime] = {}
+        for attempt in attempts:
+            for step, at in attempt.proven.items():
+                proven.setdefault(step, at)
+        if not is_enforced:  # what is recorded has the last word
+            proven.pop(Step.ENFORCED, None)
+        problem = None if is_enforced else self._problem(attempts)
+        return Enforcement(device, newest.at, proven, is_enforced, problem)
+
+    def _problem(self, attempts: Sequence[Attempt]) -> str | None:
+        if attempts and attempts[-1].problem:
+            return attempts[-1].problem
+        if not self._broker_answers():
+            return "The broker does not answer on its internal listener."
+        return None
+
+
+def _is_told(entry: audit.AuditRecord) -> bool:
+    """Return whether an entry is about a change that the broker was told."""
+    if entry.outcome != "done":
+        return False
+    return entry.action in (*_CHANGES, "device:resume") or (
+        entry.action == "device:update" and "topics" in entry.detail.get("changed", ())
+    )
