@@ -55,9 +55,9 @@ class CrlWindow:
     def problem(self, now: datetime) -> str | None:
         """Return what is wrong with the CRLs at ``now``, as the end of a sentence, or ``None``."""
         if now < self.this_update:
-            return f"is not valid before {self.this_update.isoformat()}"
+            return f"is not valid before {self.this_update:%Y-%m-%d %H:%M:%S} UTC"
         if now >= self.next_update:
-            return f"expired at {self.next_update.isoformat()}"
+            return f"expired at {self.next_update:%Y-%m-%d %H:%M:%S} UTC"
         return None
 
 

@@ -23,6 +23,7 @@ from commands.context import (
     command,
     confirm,
     create_with_secret,
+    group,
     require,
 )
 from commands.errors import Misused
@@ -201,7 +202,7 @@ def logout(portal: Remote, profile: str | None, all_: bool) -> None:
     portal.out.note("The token is still valid; to revoke it, use portal token revoke." if removed else there_is_none)
 
 
-@click.group("token")
+@group("token")
 def token() -> None:
     """Operator tokens: list, create, revoke."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from commands.completing import Listed
-from commands.context import YES, Id, Remote, command, paging_options, topics_from
+from commands.context import YES, Id, Remote, command, group, paging_options, topics_from
 from commands.devices import seen, show_client, topics_in_words
 from commands.lifecycle import REASON, confirmed, say_whether_enforced, show_outcome
 from commands.output import moment, status_of, text
@@ -24,7 +24,7 @@ APPLICATION_ID = Id(
 _ID = click.argument("application_id", metavar="ID", type=APPLICATION_ID, help="The full application id.")
 
 
-@click.group("application")
+@group("application")
 def application() -> None:
     """Clients that are not devices: add, list, update, revoke."""
 
@@ -66,7 +66,9 @@ def application_add(portal: Remote, /, topics: tuple[str, ...], **options: Any) 
     ],
 )
 @click.option("--status", type=click.Choice(("active", "revoked")), help="Only applications with this status.")
-@click.option("--q", metavar="TEXT", help="Only applications with TEXT in the name, or with exactly this id.")
+@click.option(
+    "--search", "--q", "q", metavar="TEXT", help="Only applications with TEXT in the name, or with exactly this id."
+)
 @click.option(
     "--expires-before",
     type=Time(),

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from commands.context import FORCE_HELP, Remote, command, paging_options
+from commands.context import FORCE_HELP, Remote, command, output_file, paging_options, saved_in
 from commands.errors import CheckFailed, Misused
 from commands.files import NewFile, read_input, reason, whole_file, write_new
 from commands.names import DEVICE
@@ -97,26 +97,25 @@ def list_entries(
         },
         empty="No matching entries." if any(filters.values()) else "No entries yet.",
         spare=("address", "request id", "detail"),
-        whole=("action", "outcome"),
+        whole=("actor", "action", "object", "outcome"),
     )
 
 
-@command("export", audit, examples=["portal audit export audit.ndjson"])
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="Where to save it.")
+@command("export", audit, examples=["portal audit export --out audit.ndjson"])
+@output_file("Save it in FILE.")
 @click.option("--force", is_flag=True, help=FORCE_HELP)
-def export(portal: Remote, file: Path, force: bool) -> None:
+def export(portal: Remote, out: Path | None, file: Path | None, force: bool) -> None:
     """Save the whole audit record with its hashes.
 
     A JSON object a line, the oldest entry first.
     """
-    if not force and file.exists():
-        raise CheckFailed(f"{file} already exists; use --force to replace it.")
+    path = saved_in(out, file, force=force)
     size = 0
-    with whole_file(file) as writer:
+    with whole_file(path) as writer:
         for part in portal.client.stream("/audit/export"):
             writer.write(part)
             size += len(part)
-    portal.out.result({"file": str(file), "size": size}, done=f"Saved the audit record in {file}")
+    portal.out.result({"file": str(path), "size": size}, done=f"Saved the audit record in {path}")
     portal.out.next_step(f"portal audit verify {file} --key KEY --checkpoint FILE")
 
 

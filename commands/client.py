@@ -20,6 +20,7 @@ import urllib3.exceptions
 
 from commands.connection import ConnectionSettings, is_loopback
 from commands.errors import ConnectionLost, Misused, Refused, Unreachable
+from commands.wording import in_words_of_the_cli, without_requests
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0  # a revocation or a download waits for the broker
@@ -39,21 +40,6 @@ _NOT_NOW = (9, 10)  # not yet valid, expired
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
 # The answer to a HEAD request has no body with a reason.
 _UNKNOWN_LINK = "The portal does not know this link; check that it was copied completely."
-_REQUEST = re.compile(r"\b(?:(?:GET|POST|PUT|PATCH|DELETE) /[a-z-]+(?:/[a-z{][a-z_{}-]*)*|send it as Authorization)")
-_COMMANDS = {
-    "GET /applications": "portal application list",
-    "GET /applications/{id}": "portal application show",
-    "GET /devices": "portal list",
-    "GET /devices/{id}": "portal show",
-    "GET /tokens": "portal token list",
-    "GET /webhooks": "portal webhook list",
-    "GET /enrolments": "portal waiting",
-    "GET /enrolment-tokens": "portal enrolment list",
-    "GET /manufacturers": "portal manufacturer list",
-    "POST /manufacturers": "portal manufacturer add",
-    "GET /profiles": "portal profile list",
-    "POST /register": "portal register",
-}
 _SECONDS = re.compile("[0-9]{1,7}")
 _Cause = TypeVar("_Cause", bound=BaseException)
 
@@ -312,7 +298,7 @@ class Client:
             hints += [] if answer.origin.startswith("https:") else _hints_of(answer.origin)
         else:
             said = problem.get("detail") or problem.get("title") or f"The portal answered with status {answer.status}."
-            sentence = _in_words_of_the_cli(str(said)[:MAX_DETAIL])
+            sentence = in_words_of_the_cli(str(said)[:MAX_DETAIL])
         return Refused(
             sentence,
             status=answer.status,
@@ -394,7 +380,7 @@ def _row_answer(line: bytes) -> dict[str, Any]:
     answer = _json_object(line)
     if answer is None or not isinstance(answer.get("row"), int):
         raise Unreachable("The portal's answer to a row cannot be read; its version may differ.")
-    return answer
+    return answer | ({"detail": without_requests(answer["detail"])} if isinstance(answer.get("detail"), str) else {})
 
 
 def _read(response: requests.Response, origin: str) -> bytes:
@@ -450,17 +436,6 @@ def _find(error: BaseException, kind: type[_Cause]) -> _Cause | None:
     return None
 
 
-def _in_words_of_the_cli(sentence: str) -> str:
-    """Replace the requests that a sentence of the portal names by commands; drop the clause if there is none."""
-    match = _REQUEST.search(sentence)
-    if match is None:
-        return sentence
-    command = _COMMANDS.get(match[0])
-    if command is not None:
-        return sentence.replace(match[0], command)
-    return re.split("[;:,]", sentence[: match.start()])[0].rstrip(" .") + "."
-
-
 def _problem(answer: HttpAnswer) -> dict[str, Any] | None:
     kind = answer.headers.get("Content-Type", "").split(";")[0].strip().lower()
     if kind not in ("application/problem+json", "application/json"):
@@ -472,7 +447,10 @@ def _fields(errors: object) -> list[tuple[str, str]]:
     if not isinstance(errors, list):
         return []
     entries = [entry for entry in errors[:MAX_FIELDS] if isinstance(entry, dict)]
-    return [(str(entry.get("field", ""))[:200], str(entry.get("message", ""))[:MAX_DETAIL]) for entry in entries]
+    return [
+        (str(entry.get("field", ""))[:200], in_words_of_the_cli(str(entry.get("message", ""))[:MAX_DETAIL]))
+        for entry in entries
+    ]
 
 
 def _try_again(value: str) -> str:

@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 
 from commands.completing import Listed, saved_names, saved_tenants
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
-from commands.errors import CliError, Unreachable
+from commands.errors import CheckFailed, CliError, Unreachable
 from commands.files import ReservedFile
 from commands.names import DeviceName, find_device
 from commands.output import Cell, Output
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CONNECTION = tuple(field.name for field in dataclasses.fields(ConnectionOptions))
 MAX_OPTION = 40  # characters of an option with its choices in a help text
+# What a group has is added and removed; tokens, which the portal makes, are created and revoked.
+OTHER_VERBS = {"create": ("add",), "add": ("create",), "delete": ("remove", "revoke"), "remove": ("revoke",)}
 ROLES = ("system", "admin", "operator", "auditor")
 
 
@@ -113,6 +115,14 @@ class Command(click.Command):
             ctx.obj.out.error(error, options=_options_of_fields(self))
             ctx.exit(error.exit_status)
 
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the arguments, but for those of earlier versions."""
+        arguments = [param for param in self.get_params(ctx) if isinstance(param, click.Argument)]
+        shown = [param.get_help_record(ctx) for param in arguments if not isinstance(param, _FormerArgument)]
+        if shown:
+            with formatter.section("Positional arguments"):
+                formatter.write_dl(shown)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, the connection options in a section of their own."""
         records = [(param, _help_record(param, ctx)) for param in self.get_params(ctx)]
@@ -134,6 +144,10 @@ class Command(click.Command):
 def _help_record(param: click.Parameter, ctx: click.Context) -> tuple[str, str] | None:
     """Return an option with its help; a long list of choices stands in the help, where a line can be broken."""
     record = param.get_help_record(ctx)
+    if record is not None and isinstance(param, click.Option):
+        _, *former = [name for name in param.opts if name.startswith("--")] or [""]
+        for name in former:  # names of earlier versions, and of the API
+            record = record[0].replace(f", {name}", "", 1), record[1]
     if record is None or not isinstance(param.type, click.Choice) or len(record[0]) <= MAX_OPTION:
         return record
     names = record[0].partition(" [")[0]
@@ -148,6 +162,47 @@ def command(
     """Make a function a command of ``portal``, or of one of its groups; its first argument is the ``Remote``."""
     made_by = group.command if group else click.command
     return lambda function: made_by(name, cls=Command, examples=examples, connects=connects)(click.pass_obj(function))
+
+
+class Group(click.Group):
+    """A group whose commands are found by the verbs of other groups, and of earlier versions, too."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command; for a verb that the group does not have, the one that does the same."""
+        names = (cmd_name, *OTHER_VERBS.get(cmd_name, ()))
+        return next((found for name in names if (found := super(Group, self).get_command(ctx, name))), None)
+
+
+def group(name: str) -> Callable[[Callable[..., None]], click.Group]:
+    """Make a function a group of commands."""
+    return lambda function: click.group(name, cls=Group)(function)
+
+
+class _FormerArgument(click.Argument):
+    """A file that an earlier version took without ``--out``; it is in no help text."""
+
+    def get_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Return nothing."""
+        return []
+
+
+def output_file(what: str) -> Callable[[Any], Any]:
+    """Return a decorator that adds ``--out FILE``, which ``saved_in`` reads, with ``file``, the argument of before."""
+    path = click.Path(path_type=Path, dir_okay=False)
+    return option_group(
+        click.option("--out", metavar="FILE", type=path, help=f"{what}  [required]"),
+        click.argument("file", cls=_FormerArgument, type=path, required=False),
+    )
+
+
+def saved_in(out: Path | None, file: Path | None, *, force: bool) -> Path:
+    """Return where to save an export; raises ``UsageError`` if that was not said once, ``CheckFailed`` if it exists."""
+    if (out is None) == (file is None):
+        raise click.UsageError("Say once where to save it: --out FILE.")
+    path = out or file or Path()
+    if not force and path.exists():
+        raise CheckFailed(f"{path} already exists; use --force to replace it.")
+    return path
 
 
 def option_group(*added: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -19,6 +19,7 @@ from commands.context import (
     command,
     confirm,
     create_with_secret,
+    group,
     metadata_from,
     option_group,
     require,
@@ -132,7 +133,7 @@ def profile_cells(answer: dict[str, Any]) -> dict[str, Cell]:
     return fields | {"key_types": text(" ".join(map(str, answer.get("key_types") or ())))}
 
 
-@click.group("enrolment")
+@group("enrolment")
 def enrolment() -> None:
     """Enrolment tokens for devices: list, create, update, revoke."""
 

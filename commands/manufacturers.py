@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from commands.completing import Listed
-from commands.context import YES, Remote, command, confirm, require, short_id
+from commands.context import YES, Remote, command, confirm, group, require, short_id
 from commands.enrolment import given_fields, profile_cells, profile_options
 from commands.files import read_input, read_pem
 from commands.output import Cell, date_of, moment, status_of, text
@@ -19,7 +19,7 @@ MANUFACTURER_ID = short_id(
 )
 
 
-@click.group("manufacturer")
+@group("manufacturer")
 def manufacturer() -> None:
     """Manufacturer CAs: list, show, add, update, prove, remove."""
 

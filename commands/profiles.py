@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from commands.context import YES, ProfileName, Remote, command, confirm, option_group
+from commands.context import YES, ProfileName, Remote, command, confirm, group, option_group
 from commands.output import Cell, text
 from commands.times import Span
 from commands.vocabulary import KEY_TYPES
@@ -83,7 +83,7 @@ def _rules(options: dict[str, Any]) -> dict[str, Any]:
     return rules
 
 
-@click.group("profile")
+@group("profile")
 def profile() -> None:
     """Certificate profiles: list, show, add, update, remove."""
 

@@ -11,7 +11,17 @@ from typing import Any
 import click
 
 from commands.completing import Listed
-from commands.context import FORCE_HELP, ProfileName, Remote, command, create_with_secret, option_group
+from commands.context import (
+    FORCE_HELP,
+    ProfileName,
+    Remote,
+    command,
+    create_with_secret,
+    group,
+    option_group,
+    output_file,
+    saved_in,
+)
 from commands.errors import CheckFailed, CliError
 from commands.files import whole_file
 from commands.lifecycle import show_outcome
@@ -70,7 +80,7 @@ def _parts(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {part: values for part, values in parts.items() if values}
 
 
-@click.group("tenant")
+@group("tenant")
 def tenant() -> None:
     """Tenants: list, show, add, update, suspend, resume, remove."""
 
@@ -217,19 +227,18 @@ def tenant_remove(portal: Remote, name: str, typed: str | None, file: Path | Non
     portal.out.note(f"Saved what was known of it in {file}." if file is not None else "It can still be exported.")
 
 
-@command("export", tenant, examples=["portal tenant export acme acme.ndjson"])
+@command("export", tenant, examples=["portal tenant export acme --out acme.ndjson"])
 @click.argument("name", type=TenantName(), help="Name of the tenant.")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), help="Where to save it.")
+@output_file("Save it in FILE.")
 @click.option("--force", is_flag=True, help=FORCE_HELP)
-def tenant_export(portal: Remote, name: str, file: Path, force: bool) -> None:
+def tenant_export(portal: Remote, name: str, out: Path | None, file: Path | None, force: bool) -> None:
     """Save a removed tenant's devices and audit record.
 
     With its certificates, a JSON object a line; without keys and bundles. It can be exported until its data is deleted.
     """
-    if not force and file.exists():
-        raise CheckFailed(f"{file} already exists; use --force to replace it.")
-    size = _save_export(portal, name, file)
-    portal.out.result({"file": str(file), "size": size}, done=f"Saved the tenant {name} in {file}")
+    path = saved_in(out, file, force=force)
+    size = _save_export(portal, name, path)
+    portal.out.result({"file": str(path), "size": size}, done=f"Saved the tenant {name} in {path}")
 
 
 def _save_export(portal: Remote, name: str, file: Path) -> int:

@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 Part = tuple[str, str]  # text that is clean, and its style
-MAX_WHOLE = 36  # characters of the first column, an id for example, up to which it is not cut
 MIN_COLUMN = 8  # characters that remain of a column that is cut
+UNCUT = 12  # characters of a column, such as a date or a status, that is left out rather than cut
+MAX_HEAD = 24  # characters of a column that stands in the first line of a record
 
 
 class Terminal:
@@ -66,6 +67,8 @@ class Terminal:
         texts = [[Text(content, style=style) for content, style in row] for row in rows]
         widths = [max(len(title), *(line[i].cell_len for line in texts)) for i, title in enumerate(titles)]
         kept = list(range(len(titles))) if wide else self._fit(titles, widths, spare, whole)
+        if not wide and sum(widths[i] + 2 for i in kept) > self._console.width + 2:
+            return self._records(titles, texts, widths, spare)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i in kept:
             table.add_column(titles[i].upper(), no_wrap=True, overflow="ellipsis", width=widths[i])
@@ -75,6 +78,34 @@ class Terminal:
             width = max(self._console.width, sum(widths) + 2 * len(widths))
             self._console.size = ConsoleDimensions(width, self._console.height)
         self._console.print(table)
+        return [title for i, title in enumerate(titles) if i not in kept]
+
+    def _records(
+        self, titles: Sequence[str], texts: Sequence[Sequence[Text]], widths: Sequence[int], spare: Sequence[str]
+    ) -> list[str]:
+        """Print a row as a line with its short values, and an indented one for each long value, whole.
+
+        Return the titles of the columns that were left out.
+        """
+        kept = [i for i, title in enumerate(titles) if title not in spare]
+        head = [i for i in kept if i == 0 or widths[i] <= MAX_HEAD]
+        while len(head) > 1 and sum(widths[i] + 2 for i in head) > self._console.width + 2:
+            head.pop()
+        below = [i for i in kept if i not in head]
+        label = max((len(titles[i]) for i in below), default=0) + 4
+        for line in texts:
+            first = Text()
+            for i in head:
+                first.append_text(line[i]).append(" " * (widths[i] + 2 - line[i].cell_len))
+            first.rstrip()
+            self._console.print(first, overflow="fold")
+            record = Table.grid()
+            record.add_column(width=label)
+            record.add_column(overflow="fold")
+            for i in below:
+                record.add_row(Text(f"  {titles[i].upper()}", style="bold"), line[i])
+            if below:
+                self._console.print(record)
         return [title for i, title in enumerate(titles) if i not in kept]
 
     def _fit(self, titles: Sequence[str], widths: list[int], spare: Sequence[str], whole: Sequence[str]) -> list[int]:
@@ -87,12 +118,12 @@ class Terminal:
         for title in reversed(spare):
             if sum(widths[i] + 2 for i in kept) > room:
                 kept.remove(titles.index(title))
-        flexible = [i for i in kept if (i != 0 or widths[i] > MAX_WHOLE) and titles[i] not in whole]
-        least = [min(width, MIN_COLUMN) if i in flexible else width for i, width in enumerate(widths)]
+        flexible = [i for i in kept if i != 0 and titles[i] not in whole]
+        least = [MIN_COLUMN if i in flexible and width > UNCUT else width for i, width in enumerate(widths)]
         while flexible and sum(least[i] + 2 for i in kept) > room:
             kept.remove(flexible.pop())
         while flexible and sum(widths[i] + 2 for i in kept) > room:
-            widest = max(flexible, key=lambda i: widths[i])
+            widest = max((i for i in flexible if widths[i] > least[i]), key=lambda i: widths[i])
             widths[widest] -= 1
         return kept
 

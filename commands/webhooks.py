@@ -14,6 +14,7 @@ from commands.context import (
     command,
     confirm,
     create_with_secret,
+    group,
     paging_options,
     short_id,
 )
@@ -48,7 +49,7 @@ EVENTS = (
 WEBHOOK_ID = short_id("portal webhook list", Listed("/webhooks", "webhooks", "webhook_id", "name"))
 
 
-@click.group("webhook")
+@group("webhook")
 def webhook() -> None:
     """Webhooks: send events to other systems."""
 
@@ -88,11 +89,11 @@ def _dead(row: Mapping[str, Any]) -> Cell:
 
 
 @command(
-    "create",
+    "add",
     webhook,
     examples=[
-        "portal webhook create inventory --target https://example.com/portal-events",
-        "portal webhook create alarm --target https://… --event revoked --secret-out alarm.secret",
+        "portal webhook add inventory --target https://example.com/portal-events",
+        "portal webhook add alarm --target https://… --event revoked --secret-out alarm.secret",
     ],
 )
 @click.argument("name", help="Name of the webhook.")
@@ -125,14 +126,14 @@ def webhook_create(portal: Remote, name: str, url_: str, events: tuple[str, ...]
     portal.out.next_step(f"portal webhook test {answer['webhook_id']}")
 
 
-@command("delete", webhook, examples=["portal webhook delete 1e66977361d81fe2"])
+@command("remove", webhook, examples=["portal webhook remove 1e66977361d81fe2"])
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
 @YES
-def webhook_delete(portal: Remote, webhook_id: str, yes: bool) -> None:
-    """Delete a webhook and its waiting events."""
-    confirm(f"Delete the webhook {webhook_id} and its waiting events?", yes=yes)
+def webhook_remove(portal: Remote, webhook_id: str, yes: bool) -> None:
+    """Remove a webhook and its waiting events."""
+    confirm(f"Remove the webhook {webhook_id} and its waiting events?", yes=yes)
     answer = portal.client.call("DELETE", f"/webhooks/{webhook_id}").json()
-    portal.out.result(answer, done=f"Deleted the webhook {answer.get('name') or webhook_id}")
+    portal.out.result(answer, done=f"Removed the webhook {answer.get('name') or webhook_id}")
     if answer.get("waiting") or answer.get("dead"):
         portal.out.note(f"{answer.get('waiting', 0)} waiting and {answer.get('dead', 0)} dead events were deleted.")
 

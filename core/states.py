@@ -157,6 +157,8 @@ def check_renewal(
     """
     opens = renewable_from(not_before, not_after, from_percent=from_percent)
     if now < opens:
-        raise StateConflict(f"It is too early to renew this certificate; try again after {opens:%Y-%m-%dT%H:%M:%SZ}.")
+        raise StateConflict(
+            f"It is too early to renew this certificate; try again after {opens:%Y-%m-%d %H:%M:%S} UTC."
+        )
     if now >= not_after + grace:
         raise StateConflict("The certificate has expired; an operator must give the device a new one.")

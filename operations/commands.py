@@ -383,7 +383,7 @@ def _show_restored(done: Restored) -> None:
     for kept in done.kept:
         why = f"{kept.reason}, " if kept.reason else ""
         unknown = ", which is not in the backup" if kept.unknown else ""
-        click.echo(f"Kept revoked   {kept.what}{unknown} ({why}{kept.at.isoformat(timespec='seconds')})")
+        click.echo(f"Kept revoked   {kept.what}{unknown} ({why}{kept.at:%Y-%m-%d %H:%M:%S} UTC)")
     if not done.kept:
         click.echo("Kept revoked   nothing: all that is known here as revoked is revoked in the backup")
     for older in done.older:

@@ -75,13 +75,13 @@ def unknown_revocations(
         crl = crls.get(issuer.id)
         if crl is None:
             yield (
-                f"certificates of {issuer.name} that were revoked after {made_at.isoformat(timespec='seconds')}, and"
+                f"certificates of {issuer.name} that were revoked after {made_at:%Y-%m-%d %H:%M:%S} UTC, and"
                 " their devices: they are admitted again; restore once more with --crl if its CRL was saved anywhere"
             )
         else:
             known = max(made_at, min(crl.last_update_utc + CLOCK_SKEW, now))
             yield (
-                f"certificates of {issuer.name} that were revoked after {known.isoformat(timespec='seconds')}, the time"
+                f"certificates of {issuer.name} that were revoked after {known:%Y-%m-%d %H:%M:%S} UTC, the time"
                 " of its newest CRL here, and their devices"
             )
 

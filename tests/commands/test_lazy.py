@@ -30,7 +30,6 @@ HELP = {"commands", "commands.completing", "commands.connection", "commands.cont
     "commands.logins",
     "commands.names",
     "commands.output",
-    "commands.streams",
 }
 HEAVY = {"Cryptodome", "cffi", "cryptography", "pydantic", "pygments", "pyzipper", "rich"}
 MAX_HELP = 150  # modules with those of the standard library; with all commands there were 400

@@ -1,7 +1,9 @@
 """What every list, empty and full, and every help text looks like on a terminal of 60, 80, 100 and 200 columns.
 
-The texts of lists in ``golden/`` were looked at; after a change, run this with ``PORTAL_GOLDEN=1`` to have them written
-again, and look at the difference.
+The texts in ``golden/`` were looked at: a folder for each list, and ``golden/help/`` with all help texts at a width.
+After a change have them written again, and look at the difference:
+
+    PORTAL_GOLDEN=1 scripts/test tests/commands/test_widths.py
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import struct
 import sys
 import termios
@@ -46,7 +49,11 @@ FULL: dict[str, tuple[str, str, dict[str, Any]]] = {  # the path, the name and a
     "token list": ("/tokens", "tokens", {"token_id": SHORT_ID, "name": "factory"}),
     "audit list": ("/audit", "entries", {"actor": "factory (1e66977361d81fe2)"}),
     "webhook list": ("/webhooks", "webhooks", {"webhook_id": SHORT_ID, "name": "alarm"}),
-    f"webhook deliveries {SHORT_ID}": (f"/webhooks/{SHORT_ID}/deliveries", "deliveries", {"delivery_id": 17}),
+    f"webhook deliveries {SHORT_ID}": (
+        f"/webhooks/{SHORT_ID}/deliveries",
+        "deliveries",
+        {"delivery_id": 17, "device_id": ID},
+    ),
 }
 ANY = {  # fields of rows of any kind
     "type": "thermometer",
@@ -122,6 +129,10 @@ def check(name: str, width: int, text: str) -> None:
     lines = [line.rstrip() for line in text.splitlines()]
     # A command is not broken: it has to be copied whole.
     assert not [line for line in lines if len(line) > width and not line.startswith("Next: ")], text
+    compare(name, width, lines)
+
+
+def compare(name: str, width: int, lines: list[str]) -> None:
     file = GOLDEN / name.replace(" ", "-") / f"{width}.txt"
     content = "\n".join(lines) + "\n"
     if os.environ.get("PORTAL_GOLDEN"):
@@ -147,7 +158,8 @@ def name_of(command: str) -> str:
 @pytest.mark.parametrize("command", FULL)
 def test_a_list(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch, command: str, width: int) -> None:
     path, key, row = FULL[command]
-    long = {name: LONG if name in ("name", "actor") else value for name, value in row.items()}
+    longest = LONG[:63] if command in ("profile list", "tenant list") else LONG  # a DNS label
+    long = {name: longest if name in ("name", "actor") else value for name, value in row.items()}
     for kind, rows in (("empty", []), ("full", [ANY | row, ANY | long | {"location": LONG, "status": "revoked"}])):
         stub.replies["GET", path] = Reply(body={key: rows, "next_cursor": None})
         args = (*command.split(), *(("--within", "2036-02-01") if command == "expiring" else ()))
@@ -156,14 +168,24 @@ def test_a_list(session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_help(session: Session, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    golden: list[str] = []
+    connection: set[str] = set()
     for command in commands():
         text = seen(session, monkeypatch, width, *command.split(), "--help")
+        parts = re.split(r"(?<=\n\n)(?=\w[^\n]*:\n)", text)
+        connection |= {part for part in parts if part.startswith("Connection:")}
+        golden += [f"$ portal {command} --help".replace("  ", " "), ""]
+        shown = "".join(part for part in parts if not part.startswith("Connection:"))
+        golden += [*shown.rstrip().splitlines(), ""]
         described, _, examples = text.partition("\nExamples:\n")
         assert not [line for line in described.splitlines() if len(line) > width], command
         assert all(line.startswith("  ") for line in examples.splitlines()), command
         widest = seen(session, monkeypatch, 200, *command.split(), "--help")
         cut = "..." in described.replace("[ARGS]...", "")  # click shortens what it says of the commands of a group
         assert cut or "".join(text.split()) == "".join(widest.split()), command
+    assert len(connection) == 1  # the same for each command, so it is there once
+    lines = [line.rstrip() for line in (*golden, *connection.pop().rstrip().splitlines())]
+    compare("help", min(width, 100), lines)  # wider lines would be hard to read
 
 
 def test_every_list_is_looked_at() -> None:

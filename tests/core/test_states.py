@@ -37,7 +37,7 @@ END = START + timedelta(days=100)
 @pytest.mark.parametrize(
     ("day", "percent", "grace", "refused"),
     [
-        (65, 66, 0, "too early to renew this certificate; try again after 2027-03-08T00:00:00Z"),
+        (65, 66, 0, "too early to renew this certificate; try again after 2027-03-08 00:00:00 UTC"),
         (66, 66, 0, None),
         (0, 0, 0, None),
         (99, 66, 0, None),

@@ -55,9 +55,7 @@ def shown(page: str) -> str:
     return " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize(
-    "words", [("portal", "register"), ("portal", "webhook", "create"), ("portal-server", "restore")]
-)
+@pytest.mark.parametrize("words", [("portal", "register"), ("portal", "webhook", "add"), ("portal-server", "restore")])
 def test_a_page_says_what_the_help_says(words: tuple[str, ...], files: dict[str, str]) -> None:
     command = dict(ALL)[words]
     text = shown(files[f"share/man/man1/{'-'.join(words)}.1"])

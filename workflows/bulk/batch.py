@@ -307,8 +307,8 @@ class Batches:
         other = [name for name, is_same in same.items() if not is_same]
         if other:
             raise ExternalIdTaken(
-                f"The external_id is that of device {device.id}, whose {' and '.join(other)} is another; change the"
-                " device with PATCH, or give the row another external_id."
+                f"The external_id is that of device {device.id}, whose {' and '.join(other)} is another; change that"
+                " device, or give the row another external_id."
             )
 
     def _repeated(
