@@ -20,6 +20,7 @@ from store.devices import DeviceFilter, DeviceRecord
 from web.api.fields import Cursor, Place, ProfileName, ShortText, StatusName
 from web.api.routing import RequestModel
 from web.console.pages import HOME, Moved, Pages, Sent, Shown, Visit
+from web.console.registration import new_once
 from workflows.devices import Page
 from workflows.presence import DeviceConnection, connection_of
 
@@ -95,6 +96,7 @@ def fleet(visit: Visit) -> Shown:
         "next": None if cursor is None else _link(query, {"cursor": cursor}),
         "first": _link(query, {}) if query.cursor else None,
         "csv": f"{FLEET}.csv?{urlencode(query.given)}",
+        "once": new_once(),
     }
     return Shown("fleet.html", values, fragment="fleet_results.html")
 

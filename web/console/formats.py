@@ -38,6 +38,18 @@ def relative(value: datetime, now: datetime) -> str:
     return "in less than a minute" if seconds > 0 else "just now"
 
 
+def duration(seconds: float) -> str:
+    """Return a span of time to three digits: ``4.2 ms``, ``1.24 s``, or in whole minutes, hours or days."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms" if seconds * 1000 < 99.5 else f"{seconds * 1000:.0f} ms"
+    if seconds < 99.5:
+        return f"{seconds:.3g} s"
+    for unit, length in (("min", 60), ("h", 3600), ("d", 86400)):
+        if seconds < length * 100 or unit == "d":
+            return f"{round(seconds / length)} {unit}"
+    raise AssertionError("days have no end")
+
+
 def browser(user_agent: str) -> str:
     """Return browser and system of a user agent in a few words, as ``Firefox on Linux``, as far as it says them."""
     of = next((name for mark, name in _BROWSERS if mark in user_agent), "")
@@ -61,6 +73,7 @@ FILTERS: Mapping[str, Callable[..., str]] = {
     "rfc_3339": rfc_3339,
     "utc": utc,
     "relative": relative,
+    "duration": duration,
     "browser": browser,
     "words": words,
     "value_text": value_text,

@@ -28,7 +28,9 @@
   const copy = async (element) => {
     try { await navigator.clipboard.writeText(element.dataset.copy); } catch { return; }
     element.dataset.copied = "";
-    setTimeout(() => delete element.dataset.copied, 1200);
+    const label = element.querySelector("span");
+    if (label) label.textContent = "Copied";
+    setTimeout(() => { delete element.dataset.copied; if (label) label.textContent = "Copy"; }, 1500);
   };
 
   // Browsers without the attribute `command`.
@@ -63,6 +65,14 @@
       const search = document.querySelector("input[type=search]");
       if (search) { event.preventDefault(); search.focus(); }
     }
+  });
+  // A form is sent once, however often its button is pressed.
+  document.addEventListener("submit", (event) => {
+    const form = event.target;
+    if (!(form instanceof HTMLFormElement) || form.method !== "post" || event.defaultPrevented) return;
+    if ("sent" in form.dataset) { event.preventDefault(); return; }
+    form.dataset.sent = "";
+    setTimeout(() => delete form.dataset.sent, 5000);
   });
   document.addEventListener("DOMContentLoaded", () => {
     root.dataset.script = "";

@@ -1,0 +1,74 @@
+"""Registers a device on the fleet's page, and hands over link and password once, with a QR code of the link."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from core.errors import Conflict, InputInvalid
+from core.roles import Permission
+from web.api.devices import RegisterRequest, registration_of
+from web.api.fields import BundleFormatName, ExternalId, KeyTypeName, Name, Place, ShortText
+from web.api.routing import IDEMPOTENCY_KEY, RequestModel
+from web.console.pages import Pages, Shown, Visit
+from web.console.qr import qr_code
+from workflows.credentials import CredentialAnswer
+
+PAGES = Pages()
+PATH = "/ui/devices/register"
+Once = Annotated[str, Field(pattern=IDEMPOTENCY_KEY, max_length=64)]
+
+
+class RegisterForm(RequestModel):
+    """A device to register; a form that is sent twice registers one, by ``once``."""
+
+    once: Once
+    name: Name
+    type: ShortText
+    location: Place
+    firmware: ShortText
+    external_id: ExternalId | None = None
+    key_type: KeyTypeName | None = None
+    bundle_format: BundleFormatName | None = None
+
+
+def new_once() -> str:
+    """Return what makes a form's second sending a repeat."""
+    return secrets.token_urlsafe(18)
+
+
+def handed_over(issued: CredentialAnswer, name: str, *, is_renewal: bool = False) -> Shown:
+    """Return the page that shows link and password of new credentials, which no browser keeps."""
+    code = None if issued.download_url is None else qr_code(issued.download_url)
+    values = {"issued": issued, "name": name, "is_renewal": is_renewal, "code": code}
+    return Shown("credentials.html", values, status=201)
+
+
+@PAGES.add("GET", PATH, Permission.CHANGE)
+def ask(_visit: Visit) -> Shown:
+    """Show the form to register a device."""
+    return Shown("register.html", {"once": new_once(), "problems": {}, "given": {}})
+
+
+@PAGES.add("POST", PATH, Permission.CHANGE)
+def register(visit: Visit) -> Shown:
+    """Register a device, and show its link and password this once."""
+    try:
+        form = visit.form(RegisterForm)
+        request = registration_of(RegisterRequest(**form.model_dump(exclude={"once"}, exclude_none=True)))
+        registered = visit.portal.registrations.register(visit.actor, request, form.once)
+    except (InputInvalid, Conflict) as error:
+        return _again(visit, error)
+    return handed_over(registered, registered.name)
+
+
+def _again(visit: Visit, error: InputInvalid | Conflict) -> Shown:
+    found = error.errors if isinstance(error, InputInvalid) else ()
+    problems: Mapping[str, str] = {one.field: one.message for one in found}
+    given: dict[str, Any] = {name: visit.request.form.get(name, "") for name in RegisterForm.model_fields}
+    shown = problems if problems.keys() & given.keys() - {"once"} else {"": error.detail}
+    values = {"once": new_once(), "problems": shown, "given": given}
+    return Shown("register.html", values, status=422 if isinstance(error, InputInvalid) else 409)
