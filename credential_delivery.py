@@ -1,4 +1,4 @@
-"""Pack a device's credentials as an encrypted bundle, and sign the one-time link to it."""
+"""Pack a device's credentials as an encrypted bundle, seal them until then, and sign the one-time link."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import hmac
 import secrets
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Self
 
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -181,27 +182,50 @@ def _sums(entries: Sequence[Entry]) -> bytes:
 # --- The link -----------------------------------------------------------------------------------------------------
 
 
-def generate_download_link(delivery_id: str, keys: Sequence[str], *, public_url: str, now: datetime) -> str:
-    """Return the one-time URL of a delivery, signed with the last of ``keys``; the others still verify older links."""
-    return f"{public_url}/download/{_serializer(keys, now).dumps(delivery_id)}"
+@dataclass(frozen=True, slots=True)
+class DownloadToken:
+    """What a link holds: the id of its delivery, and the secret under which that is sealed, empty if it is not."""
+
+    delivery_id: str
+    secret: str = field(default="", repr=False)
 
 
-def read_download_token(token: str, keys: Sequence[str], *, now: datetime, max_age: timedelta) -> str:
-    """Return the delivery that a link's token names, after verifying its signature in constant time.
+def new_link_secret() -> str:
+    """Return 128 random bits in the URL-safe base64 alphabet; they stand in the link and nowhere else."""
+    return secrets.token_urlsafe(16)
+
+
+def generate_download_link(
+    delivery_id: str, keys: Sequence[str], *, public_url: str, now: datetime, secret: str = ""
+) -> str:
+    """Return the one-time URL of a delivery, signed with the last of ``keys``; the others still verify older links.
+
+    The ``secret`` of a sealed delivery is in it.
+    """
+    content = f"{delivery_id}.{secret}" if secret else delivery_id
+    return f"{public_url}/download/{_serializer(keys, now).dumps(content)}"
+
+
+def read_download_token(token: str, keys: Sequence[str], *, now: datetime, max_age: timedelta) -> DownloadToken:
+    """Return what a link's token holds, after verifying its signature in constant time.
 
     Raises ``LinkUnknown`` if the token was altered or not signed by these keys, ``LinkExpired`` if it is older than
     ``max_age``.
     """
     try:
         # Without max_age: that also refuses links that were signed before the clock was set back.
-        delivery_id, made_at = _serializer(keys, now).loads(token, return_timestamp=True)
+        content, made_at = _serializer(keys, now).loads(token, return_timestamp=True)
     except BadSignature:
-        delivery_id, made_at = None, now
+        content, made_at = None, now
     if now - made_at > max_age:
         raise LinkExpired("This link has expired, so its bundle was destroyed; issue new credentials for the device.")
-    if not isinstance(delivery_id, str) or len(delivery_id) > 64:
-        raise LinkUnknown("This download link is not known here; check that it was copied whole.")
-    return delivery_id
+    if not isinstance(content, str) or len(content) > 128:
+        raise LinkUnknown(_UNKNOWN)
+    delivery_id, _, secret = content.partition(".")
+    return DownloadToken(delivery_id, secret)
+
+
+_UNKNOWN = "This download link is not known here; check that it was copied whole."
 
 
 class _Signer(TimestampSigner):
@@ -223,6 +247,44 @@ def _serializer(keys: Sequence[str], now: datetime) -> URLSafeTimedSerializer:
         signer=_Signer,
         signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256, "now": now},
     )
+
+
+# --- What a bundle is made of, until it is fetched ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSecrets:
+    """The secrets of a bundle that is made when it is fetched: the device's key (PKCS#8, DER) and the password."""
+
+    key: bytes = field(repr=False)
+    password: str = field(repr=False)
+
+    def seal(self, link: DownloadToken, keys: Sequence[str], *, about: str) -> bytes:
+        """Encrypt and authenticate them (AES-256-GCM) under the link's secret and the last of ``keys``, the portal's.
+
+        Neither alone opens them. ``about`` says what they are for, and must be the same when they are opened.
+        """
+        nonce = secrets.token_bytes(12)
+        content = self.password.encode() + b"\n" + self.key
+        return nonce + _link_cipher(link, keys[-1]).encrypt(nonce, content, about.encode())
+
+    @classmethod
+    def open(cls, sealed: bytes, link: DownloadToken, keys: Sequence[str], *, about: str) -> Self:
+        """Decrypt the result of ``seal``; raises ``LinkUnknown`` unless link, one of ``keys`` and ``about`` are its."""
+        for key in reversed(keys):
+            try:
+                content = _link_cipher(link, key).decrypt(sealed[:12], sealed[12:], about.encode())
+            except InvalidTag:
+                continue
+            password, _, device_key = content.partition(b"\n")
+            return cls(device_key, password.decode())
+        raise LinkUnknown(_UNKNOWN)
+
+
+def _link_cipher(link: DownloadToken, key: str) -> AESGCM:
+    """Return a cipher whose key, for one delivery, is derived from the link's secret and a key of the portal."""
+    info = f"onboarding-portal/bundle/{link.delivery_id}"
+    return AESGCM(HKDF(SHA256(), 32, salt=key.encode(), info=info.encode()).derive(link.secret.encode()))
 
 
 # --- What is kept for a repeated request ----------------------------------------------------------------------------

@@ -75,12 +75,18 @@ class RunningPortal:
 
     As a context manager it starts both and stops them, whatever happens. ``environment`` holds further settings;
     ``fill`` is called with the data folder before anything serves. ``start_seconds`` is what the start took.
+    ``root`` is the checkout whose portal it is.
     """
 
     def __init__(
-        self, folder: Path, environment: Mapping[str, str], fill: Callable[[Path], None] | None = None
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        fill: Callable[[Path], None] | None = None,
+        root: Path = ROOT,
     ) -> None:
         self.start_seconds = 0.0
+        self.root = root
         self._fill = fill
         self.data = folder / "data"
         self.mqtt_port = free_port()
@@ -151,7 +157,7 @@ class RunningPortal:
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "flask", "--app", "app", command],
-                cwd=ROOT,
+                cwd=self.root,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -132,12 +132,13 @@ class Client:
             next_cursor = page.get("next_cursor")
         return {key: rows, "next_cursor": next_cursor}
 
-    def fetch_bundle(self, link: str, key: str) -> bytes:
+    def fetch_bundle(self, link: str, key: str, bundle_format: str | None = None) -> bytes:
         """Return the encrypted bundle of a one-time link, which needs no token; raises as ``call`` does.
 
         If the connection breaks it is fetched again, which the portal allows by the same idempotency ``key`` only.
         """
-        answer = self._send("GET", link, None, headers={"Connection": "close", "Idempotency-Key": key})
+        headers, params = {"Connection": "close", "Idempotency-Key": key}, {"format": bundle_format}
+        answer = self._send("GET", link, None, headers=headers, params=params)
         if answer.status >= 400:
             raise self.refusal(answer)
         if not answer.body.startswith((b"PK", b"\x30")):  # a ZIP, a PKCS#12 file

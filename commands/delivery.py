@@ -21,7 +21,7 @@ from commands.errors import BundleLocked, CheckFailed, CliError, ConnectionLost
 from commands.files import Folder, NewFile, read_input, read_secret, require_writable, write_new
 from commands.handover import FINGERPRINT, trust_by_fingerprint
 from commands.output import moment, text
-from commands.vocabulary import FILES, README
+from commands.vocabulary import FILES, FORMATS, README
 
 if TYPE_CHECKING:
     from commands.bundle import Checked, DeviceBundle
@@ -102,13 +102,13 @@ def _open(portal: Remote, content: bytes, password: Password) -> DeviceBundle:
     return open_bundle(content, password.text)
 
 
-def fetch(portal: Remote, link: str, where: Path, key: str) -> tuple[bytes, Path]:
+def fetch(portal: Remote, link: str, where: Path, key: str, bundle_format: str | None = None) -> tuple[bytes, Path]:
     """Download the bundle and save it, encrypted, before anything else is done with it; uses the link up.
 
     Only the idempotency ``key`` can fetch it again, for a few minutes.
     """
     with portal.out.working("Downloading the bundle…"):
-        content = portal.client.fetch_bundle(link, key)
+        content = portal.client.fetch_bundle(link, key, bundle_format)
     return content, keep_bundle(content, where)
 
 
@@ -170,6 +170,7 @@ def show_files(portal: Remote, files: dict[str, Any]) -> None:
 @click.option("--password-file", metavar="FILE", help=PASSWORD_HELP)
 @click.option("--force", is_flag=True, help=FORCE_HELP)
 @FINGERPRINT
+@click.option("--format", "bundle_format", type=click.Choice(FORMATS), help="Format.  [default: as registered]")
 @click.option("--idempotency-key", metavar="KEY", help="Repeat a download that broke off a few minutes ago.")
 def download(
     portal: Remote,
@@ -178,6 +179,7 @@ def download(
     password_file: str | None,
     force: bool,
     fingerprint: str | None,
+    bundle_format: str | None,
     idempotency_key: str | None,
 ) -> None:
     """Download a device's bundle, check it and unpack it.
@@ -195,7 +197,7 @@ def download(
         key = idempotency_key or new_idempotency_key()
         password = bundle_password(password_file, before_asking=lambda: portal.client.check_link_works(link, key))
         try:
-            content, kept = fetch(portal, link, folder.path if folder else Path(), key)
+            content, kept = fetch(portal, link, folder.path if folder else Path(), key, bundle_format)
         except ConnectionLost as error:
             hint = f"The link may be used up; repeat the command within a few minutes with --idempotency-key {key}"
             error.hints = (*error.hints, hint)

@@ -45,6 +45,7 @@ from workflows.authority.ocsp import Responder, ResponderCertificates
 from workflows.bulk.batch import Batches
 from workflows.bulk.processes import CredentialProcesses
 from workflows.bulk.upload import Bulk
+from workflows.bundles import Bundles
 from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries, KeptAnswers
 from workflows.devices import Inventory
@@ -247,6 +248,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
 class _Shared:
     """What several of the use cases work with."""
 
+    bundles: Bundles
     credentials: CredentialIssuer
     answers: KeptAnswers
     clients: TlsClients
@@ -261,8 +263,10 @@ def _share(base: _Foundation) -> _Shared:
     settings, database, clock = base.settings, base.database, base.clock
     throttle = Throttle(settings.data_dir / "attempts", settings.login_failures)
     nonces = AttestationNonces(database, clock)
+    bundles = Bundles(settings, base.authority, base.link_keys)
     return _Shared(
-        credentials=CredentialIssuer(settings, base.authority, base.link_keys),
+        bundles=bundles,
+        credentials=CredentialIssuer(settings, base.authority, bundles),
         answers=KeptAnswers(database, base.pepper, clock),
         clients=TlsClients(settings, database, base.authority, clock),
         follower=PresenceFollower(settings, database, base.broker, clock),
@@ -298,7 +302,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
             settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, shared.rates, clock
         ),
         bulk=_bulk(base, shared),
-        deliveries=Deliveries(settings, database, tenant_terms, reconciler, base.link_keys, base.pepper, clock),
+        deliveries=Deliveries(settings, database, tenant_terms, reconciler, shared.bundles, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
         enforcements=Enforcements(database, reconciler.steps, reconciler.broker_answers),
         renewals=Renewals(

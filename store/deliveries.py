@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypedDict
 
@@ -13,7 +13,17 @@ from sqlalchemy.engine import Connection
 
 from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
 from core.states import PENDING_DELIVERY, ClientKind, DeliveryStatus, DeviceStatus
-from store.tables import Delivery, Device, IdempotencyKey, KeptBundle
+from store.tables import Certificate, Delivery, Device, IdempotencyKey, KeptBundle
+
+
+@dataclass(frozen=True, slots=True)
+class BundleSource:
+    """What a sealed bundle is made of: the secrets, sealed, and the certificate, DER, with its issuer's row."""
+
+    sealed: bytes = field(repr=False)
+    certificate: bytes
+    fingerprint: str
+    issuer_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +31,8 @@ class DeliveryRecord:
     """The delivery of a link; the broker must have reached ``generation`` before the bundle is released.
 
     Status "fetching" and ``lease_until`` are of fetches that an older version of the portal did not see the end of.
-    Status "delivered" is that of a bundle that is kept for the client which asks.
+    Status "delivered" is that of a bundle that is kept for the client which asks. A ``sealed`` one is made when it is
+    fetched, of its ``source``; its ``length`` is not known before. ``own_topics`` says whether the device has such.
     """
 
     id: str
@@ -31,24 +42,28 @@ class DeliveryRecord:
     expires_at: datetime
     lease_until: datetime | None
     generation: int
-    length: int
+    length: int | None
+    sealed: bool
+    own_topics: bool
     format: str
     kind: ClientKind
     tenant_id: str
     device_name: str
+    source: BundleSource | None = field(repr=False)
 
 
 _INSERT_DELIVERIES = sa.insert(Delivery)
 
 
 class NewDelivery(TypedDict):
-    """An encrypted bundle that waits for its one download."""
+    """An encrypted bundle that waits for its one download, or what it will be made of, ``sealed``."""
 
     id: str
     tenant_id: str
     device_id: str
     certificate_id: int
     bundle: bytes
+    sealed: bool
     format: str
     created_at: datetime
     expires_at: datetime
@@ -70,7 +85,11 @@ _DELIVERY = (
         Delivery.expires_at,
         Delivery.lease_until,
         Device.generation,
-        sa.func.coalesce(sa.func.length(Delivery.bundle), KeptBundle.length, 0),
+        sa.func.coalesce(
+            sa.case((Delivery.sealed, sa.null()), else_=sa.func.length(Delivery.bundle)), KeptBundle.length
+        ),
+        Delivery.sealed,
+        Device.own_topics,
         Delivery.format,
         Device.kind,
         Delivery.tenant_id,
@@ -78,7 +97,12 @@ _DELIVERY = (
         Delivery.delivered_at,
         Device.status,
         KeptBundle.key_hash,
+        sa.case((Delivery.sealed, Delivery.bundle)),
+        Certificate.der,
+        Certificate.fingerprint,
+        Certificate.issuer_id,
     )
+    .join(Certificate, Certificate.id == Delivery.certificate_id)
     .join(Device, Device.id == Delivery.device_id)
     .outerjoin(KeptBundle, sa.and_(KeptBundle.delivery_id == Delivery.id, KeptBundle.expires_at > sa.bindparam("at")))
     .where(Delivery.id == sa.bindparam("wanted"))
@@ -91,10 +115,12 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime, key_hash: s
     Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired`` or ``LinkRevoked``, ``StateConflict`` while the device is
     suspended.
     """
-    row = tx.execute(_DELIVERY, {"wanted": delivery_id, "at": now}).one_or_none()
+    row: Any = tx.execute(_DELIVERY, {"wanted": delivery_id, "at": now}).one_or_none()
     if row is None:
         raise LinkUnknown("This download link is not known here; ask for the device's link again.")
-    *values, delivered_at, device_status, kept_for = row
+    *first, delivered_at, device_status, kept_for, sealed, der, fingerprint, issuer_id = row
+    source = None if sealed is None else BundleSource(sealed, der, fingerprint, issuer_id)
+    values: Sequence[Any] = (*first, source)
     record = DeliveryRecord(*values)
     if record.status == DeliveryStatus.REVOKED:
         raise LinkRevoked("The device or certificate of this link has been revoked, so its bundle was destroyed.")
@@ -108,28 +134,47 @@ def get_delivery(tx: Connection, delivery_id: str, *, now: datetime, key_hash: s
     return record
 
 
-def spend_delivery(
-    tx: Connection, delivery_id: str, *, now: datetime, key_hash: str | None = None
-) -> tuple[bytes, bool]:
-    """Return the bundle and destroy it: the link is used from this transaction's commit on.
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a fetch finds in the database, in which format, and whether it is ``kept`` from an earlier fetch."""
 
-    If the client whose idempotency key has this hash used it before, return the sealed bundle that is kept for it, and
-    ``True``. Raises as ``get_delivery`` does.
+    content: bytes
+    format: str
+    kept: bool
+
+
+_LOCK_DELIVERY = sa.select(Delivery.bundle).where(Delivery.id == sa.bindparam("wanted")).with_for_update()
+_SPEND = (
+    sa.update(Delivery)
+    .where(Delivery.id == sa.bindparam("wanted"))
+    .values(
+        status=DeliveryStatus.DELIVERED,
+        bundle=None,
+        lease_until=None,
+        delivered_at=sa.bindparam("at"),
+        format=sa.bindparam("as_format"),
+    )
+)
+
+
+def spend_delivery(
+    tx: Connection, delivery_id: str, *, now: datetime, bundle_format: str | None = None, key_hash: str | None = None
+) -> Spent:
+    """Return what waits behind a link and destroy it: the link is used from this transaction's commit on.
+
+    ``bundle_format`` is that in which it is handed out, ``None`` for the one it was registered with. If the client
+    whose idempotency key has this hash used the link before, return the sealed bundle that is kept for it. Raises as
+    ``get_delivery`` does.
     """
     # The row is locked before it is read, so that of several fetches at once only one finds the bundle.
-    bundle: bytes | None = tx.execute(
-        sa.select(Delivery.bundle).where(Delivery.id == delivery_id).with_for_update()
-    ).scalar_one_or_none()
-    get_delivery(tx, delivery_id, now=now, key_hash=key_hash)
+    bundle: bytes | None = tx.execute(_LOCK_DELIVERY, {"wanted": delivery_id}).scalar_one_or_none()
+    record = get_delivery(tx, delivery_id, now=now, key_hash=key_hash)
     if bundle is None:
         kept = sa.select(KeptBundle.sealed_bundle).where(KeptBundle.delivery_id == delivery_id)
-        return tx.execute(kept).scalar_one(), True
-    tx.execute(
-        sa.update(Delivery)
-        .where(Delivery.id == delivery_id)
-        .values(status=DeliveryStatus.DELIVERED, bundle=None, lease_until=None, delivered_at=now)
-    )
-    return bundle, False
+        return Spent(tx.execute(kept).scalar_one(), record.format, kept=True)
+    chosen = bundle_format or record.format
+    tx.execute(_SPEND, {"wanted": delivery_id, "at": now, "as_format": chosen})
+    return Spent(bundle, chosen, kept=False)
 
 
 def keep_bundle(

@@ -392,7 +392,10 @@ class DeviceKey(Base):
 
 
 class Delivery(OfTenant, Base):
-    """A bundle that waits for its one download; it is removed, and the row kept, once delivered, expired or revoked."""
+    """A bundle that waits for its one download; it is removed, and the row kept, once delivered, expired or revoked.
+
+    If ``sealed``, the bundle is what it will be made of: key and password, sealed under a secret in the link.
+    """
 
     __tablename__ = "deliveries"
     __table_args__ = (
@@ -410,6 +413,7 @@ class Delivery(OfTenant, Base):
     certificate_id: Mapped[int] = mapped_column(sa.ForeignKey("certificates.id"))
     status: Mapped[states.DeliveryStatus]
     bundle: Mapped[bytes | None]
+    sealed: Mapped[bool] = mapped_column(server_default=sa.false())
     format: Mapped[str] = mapped_column(sa.String(8), server_default="zip")
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]

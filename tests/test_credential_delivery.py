@@ -168,12 +168,12 @@ def test_a_generated_password_has_128_bits_and_more() -> None:
 def test_a_link_names_its_delivery_and_nothing_else() -> None:
     link = generate_download_link("d" * 32, KEYS, public_url="https://portal.example", now=NOW)
     assert link.startswith("https://portal.example/download/")
-    assert read_download_token(link.rpartition("/")[2], KEYS, now=NOW, max_age=DAY) == "d" * 32
+    assert read_download_token(link.rpartition("/")[2], KEYS, now=NOW, max_age=DAY).delivery_id == "d" * 32
 
 
 def test_new_links_are_signed_with_the_last_key_and_older_ones_still_verify() -> None:
     token = generate_download_link("d", KEYS[:1], public_url="", now=NOW).rpartition("/")[2]
-    assert read_download_token(token, KEYS, now=NOW, max_age=DAY) == "d"
+    assert read_download_token(token, KEYS, now=NOW, max_age=DAY).delivery_id == "d"
     newest = generate_download_link("d", KEYS, public_url="", now=NOW).rpartition("/")[2]
     with pytest.raises(LinkUnknown):
         read_download_token(newest, KEYS[:1], now=NOW, max_age=DAY)
@@ -216,7 +216,7 @@ def test_responses_and_links_of_earlier_versions_still_open() -> None:
     assert seal.request_hash(b"body") == "bc51812e0e48e92b8a0c84e825ab10231fcd473c3b40626e06d69bba0526df0a"
     token = ".eJxTSiEAlADfiAzF.azbsgA.ygdH4hYBtTKyiEVhMAMsAdKeElyWSvweV-CKuypipww"
     keys = ["a-signing-key-of-many-characters"]
-    assert read_download_token(token, keys, now=NOW, max_age=DAY) == "d" * 32
+    assert read_download_token(token, keys, now=NOW, max_age=DAY).delivery_id == "d" * 32
 
 
 def test_what_to_trust_of_https_is_there_only_where_it_differs() -> None:

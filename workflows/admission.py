@@ -313,6 +313,7 @@ def _new_deliveries(
         "device_id": credentials.device_id,
         "certificate_id": certificate_id,
         "bundle": bundle.content,
+        "sealed": bundle.sealed,
         "format": bundle.format,
         "created_at": now,
         "expires_at": bundle.expires_at,

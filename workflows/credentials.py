@@ -1,4 +1,4 @@
-"""What credentials a device asks for, and how they are made: certificate, key and encrypted bundle."""
+"""What credentials a device asks for, and how they are made: certificate, and a key whose bundle is recorded."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ import functools
 import ipaddress
 import itertools
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 import ca
-import credential_delivery
 from config import Settings
 from core.errors import FieldProblem, InputInvalid, ProfileRefused, Unavailable
 from core.states import ClientKind
-from core.topics import DEVICE_ID, Access, Topic, default_topics
-from delivery.formats import BundleFormat
+from core.topics import Topic
 from pki import est
-from pki.algorithms import KeyType, PrivateKey, PublicKey, private_key_pem, public_key_fingerprint
+from pki.algorithms import KeyType, PublicKey, public_key_fingerprint
 from pki.csr import Csr
 from pki.issuers import ONLY_UUID, DeviceContents, device_profile
 from pki.profiles import DEFAULT, CertificateProfile, CertificateTerms, Purpose
 from pki.server_chain import names_shown
 from workflows.attestation.evidence import ShownEvidence
 from workflows.authority.issuers import Authority
+from workflows.bundles import BundledCertificate, Bundles, WaitingBundle
 from workflows.tenants import TenantTerms
 
 
@@ -69,18 +67,6 @@ class DeviceRequest(CredentialRequest):
 
 
 @dataclass(frozen=True, slots=True)
-class EncryptedBundle:
-    """A bundle that waits for one download, with what opens it."""
-
-    delivery_id: str
-    content: bytes = field(repr=False)
-    format: BundleFormat
-    password: str = field(repr=False)
-    download_url: str = field(repr=False)
-    expires_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
 class IssuedCredentials:
     """A certificate with its chain, PEM, and the key that was made for it, if any; it is in no database yet.
 
@@ -100,7 +86,7 @@ class IssuedCredentials:
     issued_at: datetime
     certificate: str = field(repr=False)
     chain: str = field(repr=False)
-    bundle: EncryptedBundle | None = None
+    bundle: WaitingBundle | None = None
     key: bytes | None = field(default=None, repr=False)
     profile: str = DEFAULT
     names: tuple[str, ...] = ()
@@ -188,21 +174,6 @@ def _names_in(path: Path, _version: tuple[int, int, int]) -> tuple[str, ...]:
     return names_shown(path.read_bytes())
 
 
-def broker_trust(settings: Settings, ca_pem: str) -> str:
-    """Return what devices trust of the broker, PEM: the portal's CAs, and the root of a certificate of another issuer.
-
-    Raise ``Unavailable`` if that root cannot be read.
-    """
-    return ca_pem if settings.broker_certificate is None else ca_pem + _read(settings.broker_ca_file)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii")
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be read ({error.strerror}); restart the portal.") from error
-
-
 def _in_one_form(name: str) -> str:
     try:
         return str(ipaddress.ip_address(name))
@@ -223,10 +194,10 @@ def check_servers_of_tenant(authority: Authority, tenant_id: str, profile: Certi
 class CredentialIssuer:
     """Issues the credentials of every device, whichever way it comes; touches no database."""
 
-    def __init__(self, settings: Settings, authority: Authority, link_keys: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, authority: Authority, bundles: Bundles) -> None:
         self._settings = settings
         self._authority = authority
-        self._link_keys = link_keys
+        self._bundles = bundles
 
     def issue(
         self,
@@ -249,7 +220,16 @@ class CredentialIssuer:
             usual = request.key_type or tenant.key_type
             key = ca.generate_keypair(KeyType(usual if terms is None else terms.usual_key(usual)))
             issued = self._certify(tenant.id, device_id, key.public_key(), days, contents, terms, now)
-            return dataclasses.replace(issued, bundle=self._bundle(tenant, key, issued, topics, request, now))
+            bundle = self._bundles.record(
+                tenant,
+                key,
+                BundledCertificate(device_id, issued.fingerprint, issued.certificate, issued.chain),
+                topics,
+                password=request.bundle_password,
+                bundle_format=request.bundle_format,
+                now=now,
+            )
+            return dataclasses.replace(issued, bundle=bundle)
         return self._certify(tenant.id, device_id, request.csr.public_key, days, contents, terms, now)
 
     def issue_with_key(
@@ -330,46 +310,4 @@ class CredentialIssuer:
             chain=signer.chain_pem(certificate.pem),
             profile=DEFAULT if terms is None else terms.profile.name,
             names=contents.names,
-        )
-
-    def _portal_ca(self) -> str:
-        """Return what devices trust at the portal's HTTPS address, empty if it is what they trust of the broker."""
-        return "" if self._settings.tls_certificate is None else _read(self._settings.https_ca_file)
-
-    def _bundle(
-        self,
-        tenant: TenantTerms,
-        key: PrivateKey,
-        issued: IssuedCredentials,
-        topics: Sequence[Topic] | None,
-        request: CredentialRequest,
-        now: datetime,
-    ) -> EncryptedBundle:
-        first = (topics or default_topics(tenant.topic_prefix))[0]
-        example, reads = first.filter.replace(DEVICE_ID, issued.device_id), first.access is Access.READ
-        broker = self._settings.broker_addresses[0]
-        credentials = credential_delivery.Credentials(
-            device_id=issued.device_id,
-            key_pem=private_key_pem(key),
-            certificate_pem=issued.certificate,
-            chain_pem=issued.chain,
-            ca_pem=broker_trust(self._settings, self._authority.of(tenant.id).ca_pem),
-            portal_ca_pem=self._portal_ca(),
-            broker_host=broker.host,
-            broker_port=broker.port,
-            example_topic=example if reads else example.replace("#", "hello").replace("+", "hello"),
-            example_reads=reads,
-        )
-        delivery_id = secrets.token_hex(16)
-        password = request.bundle_password or credential_delivery.new_bundle_password()
-        bundle_format = BundleFormat(request.bundle_format or tenant.bundle_format)
-        return EncryptedBundle(
-            delivery_id,
-            credential_delivery.package_credentials(credentials, password, now=now, bundle_format=bundle_format),
-            bundle_format,
-            password,
-            credential_delivery.generate_download_link(
-                delivery_id, self._link_keys, public_url=self._settings.public_url, now=now
-            ),
-            now + timedelta(hours=tenant.link_hours),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TypeVar
@@ -14,14 +14,17 @@ from sqlalchemy.exc import IntegrityError
 
 import credential_delivery
 from config import Settings
-from core.errors import IdempotencyConflict
+from core.errors import IdempotencyConflict, LinkUnknown, StateConflict
 from core.failpoints import failpoint
+from core.states import PENDING_DELIVERY
+from core.topics import Access, Topic
 from delivery.formats import BundleFormat
 from store import audit, deliveries, devices
 from store.audit import Actor
 from store.database import Database
 from store.scope import ALL_TENANTS
 from workflows import events
+from workflows.bundles import Bundles
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory
@@ -37,6 +40,15 @@ class DeliveredBundle:
     format: BundleFormat = BundleFormat.ZIP
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a link leads to, with the seal of the idempotency key that came with it."""
+
+    record: deliveries.DeliveryRecord
+    link: credential_delivery.DownloadToken
+    seal: credential_delivery.AnswerSeal | None
+
+
 @dataclass(eq=False, repr=False)
 class Deliveries:
     """The bundles behind the signed links."""
@@ -45,60 +57,95 @@ class Deliveries:
     _database: Database
     _tenants: TenantDirectory
     _reconciler: Reconciler
-    _link_keys: Sequence[str]
+    _bundles: Bundles
     _pepper: bytes
     _clock: Callable[[], datetime]
 
-    def check_download(self, token: str, idempotency_key: str | None = None) -> deliveries.DeliveryRecord:
-        """Return what a link's token leads to, without using the link.
+    def check_download(
+        self, token: str, idempotency_key: str | None = None, bundle_format: BundleFormat | None = None
+    ) -> deliveries.DeliveryRecord:
+        """Return what a link's token leads to, without using the link; its ``format`` is that of the bundle.
 
-        Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired``, ``LinkRevoked``, ``TenantSuspended``.
+        Raises ``LinkUnknown``, ``LinkUsed``, ``LinkExpired``, ``LinkRevoked``, ``TenantSuspended``; ``StateConflict``
+        for a format that the bundle cannot be had in.
         """
-        return self._find(token, idempotency_key)[0]
+        record = self._find(token, idempotency_key).record
+        return dataclasses.replace(record, format=_format_of(record, bundle_format))
 
-    def _find(
-        self, token: str, idempotency_key: str | None
-    ) -> tuple[deliveries.DeliveryRecord, credential_delivery.AnswerSeal | None]:
+    def _find(self, token: str, idempotency_key: str | None) -> _Found:
         now = self._clock()
         # The signature's own age limit is the longest a link can live; what counts is the time in the database.
         longest = timedelta(hours=self._tenants.longest_link_hours) + timedelta(days=1)
-        delivery_id = credential_delivery.read_download_token(token, self._link_keys, now=now, max_age=longest)
-        seal = None
+        link, seal = self._bundles.read_link(token, now=now, max_age=longest), None
         if idempotency_key:
-            purpose = f"download/{delivery_id}"
+            purpose = f"download/{link.delivery_id}"
             seal = credential_delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper, purpose=purpose)
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            found = deliveries.get_delivery(tx, delivery_id, now=now, key_hash=seal.key_hash if seal else None)
+            found = deliveries.get_delivery(tx, link.delivery_id, now=now, key_hash=seal.key_hash if seal else None)
         self._tenants.of(found.tenant_id).check_served()
-        return found, seal
+        return _Found(found, link, seal)
 
-    def deliver(self, actor: Actor, token: str, idempotency_key: str | None = None) -> DeliveredBundle:
-        """Return the bundle behind a link; the link is used, and the bundle destroyed, before this returns.
+    def deliver(
+        self,
+        actor: Actor,
+        token: str,
+        idempotency_key: str | None = None,
+        bundle_format: BundleFormat | None = None,
+    ) -> DeliveredBundle:
+        """Return the bundle behind a link; the link is used, and all it was made of destroyed, before this returns.
 
-        Whether the bundle reaches the client cannot be known. With an ``idempotency_key`` it is kept, sealed under that
-        key, so that the same key may fetch it again within ``PORTAL_LINK_GRACE``; nothing else opens the link again.
-        Raises as ``check_download`` does, and ``Unavailable`` while the broker does not know the device.
+        It is in ``bundle_format``, ``None`` for the one it was registered with. Whether it reaches the client cannot be
+        known. With an ``idempotency_key`` it is kept, sealed under that key, so that the same key may fetch it again
+        within ``PORTAL_LINK_GRACE``; nothing else opens the link again. Raises as ``check_download`` does, and
+        ``Unavailable`` while the broker does not know the device.
         """
-        record, seal = self._find(token, idempotency_key)
+        found = self._find(token, idempotency_key)
+        record, chosen = found.record, _format_of(found.record, bundle_format)
         actor = dataclasses.replace(actor, tenant_id=record.tenant_id)  # anyone has the link, and it says whose it is
         self._reconciler.wait_until_granted(record.generation)
-        content = self._database.write(lambda tx: self._spend(tx, actor, record, seal), sees=record.tenant_id)
+        # Before the transaction, in which others would wait; of several fetches at once one releases what it made.
+        made = self._make(found, chosen)
+        spent = self._database.write(
+            lambda tx: self._spend(tx, actor, found, made, bundle_format), sees=record.tenant_id
+        )
         failpoint("deliver.after_commit")
-        return DeliveredBundle(record.id, record.device_id, content, BundleFormat(record.format))
+        return DeliveredBundle(record.id, record.device_id, spent.content, BundleFormat(spent.format))
+
+    def _make(self, found: _Found, bundle_format: BundleFormat) -> bytes | None:
+        """Make the bundle of a link; ``None`` if it was made before, and is kept."""
+        record = found.record
+        if record.source is None:
+            return None
+        topics = None
+        if record.own_topics:
+            with self._database.snapshot(sees=record.tenant_id) as tx:
+                own = devices.device_topics(tx, record.tenant_id, record.device_id)
+            topics = [Topic(pattern, Access(access)) for pattern, access in own]
+        return self._bundles.make(
+            self._tenants.of(record.tenant_id),
+            record.device_id,
+            record.source,
+            found.link,
+            topics,
+            bundle_format=bundle_format,
+            now=self._clock(),
+        )
 
     def _spend(
-        self,
-        tx: Connection,
-        actor: Actor,
-        record: deliveries.DeliveryRecord,
-        seal: credential_delivery.AnswerSeal | None,
-    ) -> bytes:
-        now, kind, device = self._clock(), record.kind, f"{record.kind}:{record.device_id}"
-        content, repeated = deliveries.spend_delivery(tx, record.id, now=now, key_hash=seal.key_hash if seal else None)
-        if repeated and seal is not None:
+        self, tx: Connection, actor: Actor, found: _Found, made: bytes | None, bundle_format: BundleFormat | None
+    ) -> deliveries.Spent:
+        now, record, seal = self._clock(), found.record, found.seal
+        kind, device, key_hash = record.kind, f"{record.kind}:{record.device_id}", seal.key_hash if seal else None
+        spent = deliveries.spend_delivery(tx, record.id, now=now, bundle_format=bundle_format, key_hash=key_hash)
+        if spent.kept and seal is not None:
+            if bundle_format not in (None, spent.format):  # another fetch with this key was quicker
+                raise StateConflict(_fixed(spent.format))
             events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, kind=kind, at=now, repeated=True)
             audit.record(tx, actor, "bundle:repeat", device, at=now, delivery=record.id)
-            return seal.open(content)
+            return dataclasses.replace(spent, content=seal.open(spent.content))
+        content = made if record.sealed else spent.content
+        if content is None:  # what is sealed is never handed out
+            raise LinkUnknown("This download link is not known here; check that it was copied whole.")
         if seal is not None and self._settings.link_grace:
             deliveries.keep_bundle(
                 tx,
@@ -110,10 +157,24 @@ class Deliveries:
                 until=now + timedelta(seconds=self._settings.link_grace),
             )
         events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, kind=kind, at=now)
-        audit.record(tx, actor, "bundle:fetch", device, at=now, delivery=record.id)
-        audit.record(tx, actor, "bundle:deliver", device, at=now, delivery=record.id)
+        acts = [(action, device, {"delivery": record.id}) for action in ("bundle:fetch", "bundle:deliver")]
+        audit.record_all(tx, actor, acts, at=now)
         failpoint("deliver.before_commit")
-        return content
+        return dataclasses.replace(spent, content=content)
+
+
+def _format_of(record: deliveries.DeliveryRecord, wanted: BundleFormat | None) -> BundleFormat:
+    """Return the format that a bundle is handed out in; raises ``StateConflict`` if it was made in another one."""
+    has = BundleFormat(record.format)
+    if wanted in (None, has):
+        return has
+    if record.sealed and record.status in PENDING_DELIVERY:
+        return BundleFormat(wanted)
+    raise StateConflict(_fixed(has))
+
+
+def _fixed(has: str) -> str:
+    return f"This bundle was made as {has} and cannot be had in another format; ask for {has}, or for none."
 
 
 # --- Answers kept for a repeated request --------------------------------------------------------------------------

@@ -33,12 +33,14 @@ from operations.wiring import Portal, open_portal, prepare
 from pki.profiles import CertificateProfile
 from tests.support.company import CompanyCa, company_root, key_pem, pem, server_below
 from tests.support.harness import ON_SQLITE, Clock
-from tests.workflows.test_registration import OPERATOR, PUMP
+from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from web.listeners import ServerTls
 from web.slow_clients import SlowClients
 from workflows import credentials
-from workflows.credentials import broker_trust, own_names
+from workflows.bundles import broker_trust
+from workflows.credentials import own_names
 from workflows.enrolment.clients import CLIENT_CAS
+from workflows.registration import Registered
 
 pytestmark = ON_SQLITE
 
@@ -136,8 +138,7 @@ def test_its_copies_are_the_portals_alone_and_its_root_is_for_clients(portal: Po
 
 def test_a_bundle_has_the_root_of_https_encrypted_beside_what_the_broker_shows(portal: Portal) -> None:
     registered = portal.registrations.register(OPERATOR, PUMP)
-    with portal.database.snapshot() as tx:
-        content = tx.exec_driver_sql("SELECT bundle FROM deliveries").scalar_one()
+    content = content_of(portal, registered)
     opened = open_bundle(content, registered.bundle_password or "")
     assert opened.files["portal-ca.pem"] == pem(ROOT)
     assert opened.files["ca.pem"] == portal.authority.first.ca_pem.encode()
@@ -370,9 +371,11 @@ def names_in(content: bytes) -> list[str]:
 
 def bundle_of(portal: Portal) -> DeviceBundle:
     registered = portal.registrations.register(OPERATOR, PUMP)
-    with portal.database.snapshot() as tx:
-        content = tx.exec_driver_sql("SELECT bundle FROM deliveries").scalar_one()
-    return open_bundle(content, registered.bundle_password or "")
+    return open_bundle(content_of(portal, registered), registered.bundle_password or "")
+
+
+def content_of(portal: Portal, registered: Registered) -> bytes:
+    return portal.deliveries.deliver(OPERATOR, token_of(registered)).content
 
 
 # --- Clients ------------------------------------------------------------------------------------------------------

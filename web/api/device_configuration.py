@@ -13,7 +13,7 @@ from web.api.device_clients import client_of, used
 from web.api.devices import BrokerModel
 from web.api.fields import Fingerprint, Hex
 from web.api.routing import ANYONE, AnswerModel, Call, Routes, Timestamp
-from workflows.credentials import broker_trust
+from workflows.bundles import broker_trust
 from workflows.enrolment.clients import DeviceClient
 
 ROUTES = Routes("Enrolment by devices")

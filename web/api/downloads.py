@@ -21,6 +21,7 @@ from werkzeug.http import parse_accept_header
 from core.errors import ForeignOrigin, Gone, LinkUnknown, LinkUsed, TenantSuspended
 from delivery.formats import BundleFormat
 from store.deliveries import DeliveryRecord
+from web.api.fields import BundleFormatName
 from web.api.problems import ProblemModel
 from web.api.routing import ANYONE, HTML, IDEMPOTENCY_KEY, Answers, Call, Reply, RequestModel, Routes, share_of
 
@@ -95,6 +96,23 @@ _OTHERWISE = (
 )
 
 
+class DownloadQuery(RequestModel):
+    """How a bundle is to be packed."""
+
+    format: Annotated[
+        BundleFormatName | None,
+        Field(
+            description="The format of the bundle, if it is not the one that was registered; not for a bundle whose"
+            " password was chosen, nor for one that is fetched again"
+        ),
+    ] = None
+
+    @property
+    def wanted(self) -> BundleFormat | None:
+        """Return the format that is asked for, if any."""
+        return None if self.format is None else BundleFormat(self.format)
+
+
 class FetchForm(RequestModel):
     """What the page's button sends: the idempotency key, by which a download that broke off is repeated."""
 
@@ -118,7 +136,7 @@ class FetchForm(RequestModel):
     for_people=True,
     head_summary="Check a link without using it.",
 )
-def download(call: Call, token: str) -> Reply:
+def download(call: Call, token: str, query: DownloadQuery) -> Reply:
     """Download a bundle, once; with an `Idempotency-Key` again by the same key for a while.
 
     HEAD uses no link, nor does a browser's request, which gets a page.
@@ -126,13 +144,15 @@ def download(call: Call, token: str) -> Reply:
     is_page = wants_page(call.headers)
     with _refusals_recorded(call):
         if not is_page and call.method != "HEAD":
-            return _fetched(call, token, call.idempotency_key)
-        record = call.portal.deliveries.check_download(token, call.idempotency_key)
+            return _fetched(call, token, call.idempotency_key, query.wanted)
+        record = call.portal.deliveries.check_download(token, call.idempotency_key, query.wanted)
     if is_page:
         return _page(call, record)
     bundle_format = BundleFormat(record.format)
     headers = _bundle_headers(record.device_id, bundle_format, record.length)
-    return Reply(content=b"", media_type=bundle_format.media_type, headers=headers)
+    # Of the bytes the length would be 0.
+    nothing: bytes | Iterator[bytes] = iter(()) if record.length is None else b""
+    return Reply(content=nothing, media_type=bundle_format.media_type, headers=headers)
 
 
 @ROUTES.add(
@@ -146,11 +166,11 @@ def download(call: Call, token: str) -> Reply:
     form=True,
     for_people=True,
 )
-def fetch(call: Call, token: str, body: FetchForm) -> Reply:
+def fetch(call: Call, token: str, query: DownloadQuery, body: FetchForm) -> Reply:
     """Download a bundle, once, as GET does for programs; the button of the page sends this."""
     _check_own_page(call.headers)
     with _refusals_recorded(call):
-        return _fetched(call, token, call.idempotency_key or body.idempotency_key)
+        return _fetched(call, token, call.idempotency_key or body.idempotency_key, query.wanted)
 
 
 @contextmanager
@@ -170,10 +190,10 @@ def _refusals_recorded(call: Call) -> Iterator[None]:
         raise
 
 
-def _fetched(call: Call, token: str, key: str | None) -> Reply:
+def _fetched(call: Call, token: str, key: str | None, wanted: BundleFormat | None) -> Reply:
     """Return the bundle, which spends the link."""
     with _share_of_link(call, token, key):
-        bundle = call.portal.deliveries.deliver(call.actor, token, key)
+        bundle = call.portal.deliveries.deliver(call.actor, token, key, wanted)
     headers = _bundle_headers(bundle.device_id, bundle.format, len(bundle.content))
     return Reply(content=bundle.content, media_type=bundle.format.media_type, headers=headers)
 
@@ -184,12 +204,9 @@ def _share_of_link(call: Call, token: str, key: str | None) -> AbstractContextMa
     return share_of(call.portal, call.portal.deliveries.check_download(token, key).tenant_id)
 
 
-def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int) -> dict[str, str]:
-    return {
-        **_HEADERS,
-        "Content-Disposition": f'attachment; filename="{device_id}.{bundle_format.extension}"',
-        "Content-Length": str(length),
-    }
+def _bundle_headers(device_id: str, bundle_format: BundleFormat, length: int | None) -> dict[str, str]:
+    name = f'attachment; filename="{device_id}.{bundle_format.extension}"'
+    return {**_HEADERS, "Content-Disposition": name} | ({} if length is None else {"Content-Length": str(length)})
 
 
 # --- Who asks -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pki.ocsp import MAX_BYTES, Failure
 from web.api.routing import ANYONE, Answers, Call, Octets, Reply, Routes
 from workflows.authority.issuers import RecordedIssuer
 from workflows.authority.ocsp import OcspAnswer
-from workflows.credentials import broker_trust
+from workflows.bundles import broker_trust
 
 ROUTES = Routes("Certificates, for anyone")
 

@@ -25,6 +25,7 @@ from pki.profiles import CertificateTerms
 from store.database import Database
 from workflows.authority.issuers import Authority
 from workflows.authority.keys import open_keys
+from workflows.bundles import Bundles
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
 from workflows.tenants import TenantTerms
 
@@ -221,7 +222,8 @@ def _start(lifeline: Connection, setup: _Setup) -> None:
     settings = setup.settings
     try:
         database = Database(settings.database_url, folder=settings.data_dir, threads=1)
-        _opened = CredentialIssuer(settings, Authority(database, open_keys(settings, make=False)), setup.link_keys)
+        authority = Authority(database, open_keys(settings, make=False))
+        _opened = CredentialIssuer(settings, authority, Bundles(settings, authority, setup.link_keys))
     except PortalError as error:
         _opened = error  # the answer to every job
 

@@ -57,11 +57,43 @@ def test_the_link_is_on_the_portals_public_address(api: Api, app: Flask) -> None
     assert api.register()["download_url"].startswith(portal_of(app).settings.public_url + "/download/")
 
 
-def test_head_does_not_use_the_link_and_returns_the_length_of_the_bundle(api: Api, anyone: Api) -> None:
+def test_head_does_not_use_the_link_and_says_no_length_of_what_is_not_made_yet(api: Api, anyone: Api) -> None:
     path = path_of(api.register())
     looked = [anyone.call("HEAD", path) for _ in range(3)]
     assert {(answer.status_code, answer.data) for answer in looked} == {(200, b"")}
-    assert int(looked[0].headers["Content-Length"]) == len(anyone.get(path).data)
+    assert "Content-Length" not in looked[0].headers
+    assert anyone.get(path).data
+
+
+def test_head_returns_the_length_of_a_bundle_that_is_made(api: Api, anyone: Api) -> None:
+    path = path_of(api.register(bundle_password="a password of one's own"))
+    assert int(anyone.call("HEAD", path).headers["Content-Length"]) == len(anyone.get(path).data)
+
+
+@pytest.mark.parametrize("wanted", ["zip", "p12", "pem"])
+def test_a_bundle_is_had_in_the_format_that_the_link_asks_for(api: Api, anyone: Api, wanted: str) -> None:
+    registered = api.register(bundle_format="pem")
+    path = f"{path_of(registered)}?format={wanted}"
+    looked, answer = anyone.call("HEAD", path), anyone.get(path)
+    kind = "application/x-pkcs12" if wanted == "p12" else "application/zip"
+    extension = "p12" if wanted == "p12" else "zip"
+    name = f'attachment; filename="{registered["device_id"]}.{extension}"'
+    for each in (looked, answer):
+        assert (each.status_code, each.content_type, each.headers["Content-Disposition"]) == (200, kind, name)
+
+
+def test_a_format_that_there_is_not_spends_no_link(api: Api, anyone: Api) -> None:
+    path = path_of(api.register())
+    problem_of(anyone.get(f"{path}?format=rar"), 422, "invalid_input")
+    problem_of(anyone.get(f"{path}?form=zip"), 422, "invalid_input")
+    assert anyone.get(path).status_code == 200
+
+
+def test_a_bundle_with_a_chosen_password_is_had_in_its_own_format_alone(api: Api, anyone: Api) -> None:
+    path = path_of(api.register(bundle_password="a password of one's own"))
+    for method in ("HEAD", "GET"):
+        assert anyone.call(method, f"{path}?format=p12").status_code == 409
+    assert anyone.get(f"{path}?format=zip").status_code == 200
 
 
 def test_a_link_works_once(api: Api, anyone: Api) -> None:

@@ -20,6 +20,7 @@ from tests.support.deployment import wait_until
 from tests.support.harness import ON_SQLITE, csr_pem
 from workflows.bulk import processes
 from workflows.bulk.processes import FEW, NICENESS, CredentialJob, CredentialProcesses
+from workflows.bundles import Bundles
 from workflows.credentials import CredentialIssuer, DeviceRequest, IssuedCredentials
 
 LINK_KEYS = ["a-key-of-many-characters"]
@@ -27,7 +28,7 @@ LINK_KEYS = ["a-key-of-many-characters"]
 
 @pytest.fixture
 def issuing(portal: Portal) -> Iterator[CredentialProcesses]:
-    here = CredentialIssuer(portal.settings, portal.authority, LINK_KEYS)
+    here = CredentialIssuer(portal.settings, portal.authority, Bundles(portal.settings, portal.authority, LINK_KEYS))
     built = CredentialProcesses(portal.settings, LINK_KEYS, here)
     yield built
     built.close()
