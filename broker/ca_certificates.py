@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cryptography import x509
@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from core.errors import ProjectionInvalid
 
 MAX_REMEMBERED = 1 << 15  # more than the CAs that the guard takes
+_BUNDLES = 4  # files that are remembered as a whole: each is looked at several times
 _BEGIN, _END = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
 _MALFORMED = "The file of CA certificates is malformed."
 _NO_CA = "The file of CA certificates contains something other than CA certificates."
@@ -39,7 +40,8 @@ class CaCertificate:
         return self.subject == self.issuer
 
 
-def read_cas(ca_bundle: bytes) -> list[CaCertificate]:
+@functools.lru_cache(maxsize=_BUNDLES)
+def read_cas(ca_bundle: bytes) -> Sequence[CaCertificate]:
     """Return the certificates of a file (PEM), in its order.
 
     Raise ``ProjectionInvalid`` if it is malformed, or contains anything but CA certificates.
@@ -49,7 +51,7 @@ def read_cas(ca_bundle: bytes) -> list[CaCertificate]:
         raise ProjectionInvalid(_MALFORMED)
     if ca_bundle.count(b"-----BEGIN ") != len(blocks):
         raise ProjectionInvalid(_NO_CA)
-    return [_read(block[block.index(_BEGIN) :]) for block in blocks]
+    return tuple(_read(block[block.index(_BEGIN) :]) for block in blocks)
 
 
 @functools.lru_cache(maxsize=MAX_REMEMBERED)
@@ -81,7 +83,8 @@ def name_key(name: x509.Name) -> str:
     return repr([sorted(repr((one.oid.dotted_string, one.value)) for one in relative) for relative in name.rdns])
 
 
-def issuing_cas(ca_bundle: bytes) -> list[CaCertificate]:
+@functools.lru_cache(maxsize=_BUNDLES)
+def issuing_cas(ca_bundle: bytes) -> Sequence[CaCertificate]:
     """Return the issuing CAs of a file (PEM): those with no CA below them there; a root alone is one.
 
     Only their certificates may be shown by clients: of the CAs above them, which may be a company's, there is no CRL.
@@ -96,7 +99,7 @@ def issuing_cas(ca_bundle: bytes) -> list[CaCertificate]:
                 f"The issuer of the CA {one.certificate.subject.rfc4514_string()} is not in the file."
             )
         above.update(other.fingerprint for other in issuers if other != one)
-    return [one for one in cas if one.fingerprint not in above]
+    return tuple(one for one in cas if one.fingerprint not in above)
 
 
 def by_subject(cas: Iterable[CaCertificate]) -> dict[str, list[CaCertificate]]:

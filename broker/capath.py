@@ -38,6 +38,7 @@ AWzIq2T3Io7TTpAQ
 """
 
 
+@functools.lru_cache(maxsize=MAX_REMEMBERED)
 def name_hash(name: x509.Name) -> str:
     """Return the hash by which OpenSSL names files of a CA (``openssl x509 -subject_hash``): 8 hex digits.
 

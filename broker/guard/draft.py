@@ -96,13 +96,13 @@ class GuardDraft(GuardAccess):
         Left out, so that nobody is admitted by them, are those of a tenant that was added since this draft began, which
         the next one tells, and those whose name another tenant's CA has.
         """
-        lines = []
+        lines, told = [], self.told
         for issuer_hash, tenant in issuers:
-            if tenant is None or tenant not in self.told.tenants:
+            if tenant is None or tenant not in told.tenants:
                 continue
-            if issuer_hash not in self.told.issuers:
+            if issuer_hash not in told.issuers:
                 lines.append(journal.issuer_line(issuer_hash, tenant))
-            elif self.told.issuers[issuer_hash] != tenant:
+            elif told.issuers[issuer_hash] != tenant:
                 log.error("a CA has the name of another tenant's, so it admits nobody", extra={"tenant": tenant})
         if len(self.told.issuers) + len(lines) > MAX_ISSUERS:
             self._control.distrust()
