@@ -114,6 +114,11 @@ class BrokerProvisioning:
         if isinstance(self.control, GuardControl):
             self.control.distrust()
 
+    @property
+    def begins_again(self) -> bool:
+        """Whether the next draft of this process tells the broker all."""
+        return isinstance(self.control, GuardControl) and self.control.is_distrusted
+
     def knows_tenants(self, deadline: float) -> bool:
         """Return whether the broker can keep a second tenant apart; see ``broker.control.BrokerControl``."""
         return self.control.knows_tenants(deadline)

@@ -13,13 +13,16 @@ import click
 from commands.completing import Listed
 from commands.context import (
     FORCE_HELP,
+    YES,
     ProfileName,
     Remote,
     command,
+    confirm,
     create_with_secret,
     group,
     option_group,
     output_file,
+    require_confirmable,
     saved_in,
 )
 from commands.errors import CheckFailed, CliError
@@ -174,10 +177,16 @@ def tenant_update(portal: Remote, /, name: str, clear: tuple[str, ...], **option
     _show(portal, answer, done=f"Changed {', '.join(field for part in changes.values() for field in part)} of {name}")
 
 
-@command("suspend", tenant, examples=["portal tenant suspend acme"])
+@command("suspend", tenant, examples=["portal tenant suspend acme", "portal tenant suspend acme --yes"])
 @click.argument("name", type=TenantName(), help="Name of the tenant.")
-def tenant_suspend(portal: Remote, name: str) -> None:
-    """Serve nobody of a tenant, and disconnect its devices."""
+@YES
+def tenant_suspend(portal: Remote, name: str, yes: bool) -> None:
+    """Serve nobody of a tenant, and disconnect its devices.
+
+    Resuming it brings all of them back.
+    """
+    if not yes:
+        _ask_whether_to_suspend(portal, name)
     _move(portal, name, "suspend", "Suspended")
 
 
@@ -186,6 +195,20 @@ def tenant_suspend(portal: Remote, name: str) -> None:
 def tenant_resume(portal: Remote, name: str) -> None:
     """Resume a suspended tenant, with all that it had."""
     _move(portal, name, "resume", "Resumed")
+
+
+def _ask_whether_to_suspend(portal: Remote, name: str) -> None:
+    """Say what suspending a tenant does, and ask once, unless it is suspended already."""
+    require_confirmable()
+    known = portal.client.get(f"/tenants/{name}")
+    if known.get("status") != "active":
+        return  # the portal says what is wrong, or nothing changes
+    portal.out.question({"Name": text(known.get("name")), "Topics": text(known.get("topic_prefix"))})
+    portal.out.warning(
+        "The broker will disconnect all its devices and applications, and the portal will refuse its operators,"
+        " enrolments and links, until it is resumed."
+    )
+    confirm("Suspend this tenant?", yes=False)
 
 
 def _move(portal: Remote, name: str, action: str, done: str) -> None:

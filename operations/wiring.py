@@ -291,7 +291,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         fair_share=FairShare(settings.threads, served),
         tenants=(administration := _tenants(base, answers)),
         tenant_removals=TenantRemovals(
-            settings, database, administration, reconciler, base.audit_logs, base.broker.begin_again, clock
+            settings, database, administration, reconciler, base.keys, base.audit_logs, base.broker, clock
         ),
         keys=base.keys,
         authority=authority,

@@ -106,6 +106,7 @@ def delete(tx: Connection, tenant_id: str) -> None:
     tx.execute(sa.update(Tenant).where(Tenant.id == tenant_id).values(status=TenantStatus.REMOVED))
     while tenant_rows.delete_some(tx, tenant_id, limit=_BATCH):
         pass
+    tenant_rows.delete_tenant(tx, tenant_id)
 
 
 def load(

@@ -88,7 +88,7 @@ def has_trusted_issuer(tx: Connection, tenant_id: str) -> bool:
 def delete_some(tx: Connection, tenant_id: str, *, limit: int) -> int:
     """Delete at most ``limit`` rows of a removed tenant, those first to which no others refer; return how many.
 
-    The audit record comes last, and with nothing else left the tenant itself.
+    The audit record comes last. The tenant itself stays.
     """
     for table in _in_order():
         keys = list(table.primary_key.columns)
@@ -97,7 +97,12 @@ def delete_some(tx: Connection, tenant_id: str, *, limit: int) -> int:
         chosen = keys[0].in_(some) if len(keys) == 1 else sa.tuple_(*keys).in_(some)
         if deleted := tx.execute(sa.delete(table).where(own, chosen)).rowcount:
             return deleted
-    return tx.execute(sa.delete(Tenant).where(Tenant.id == tenant_id)).rowcount
+    return 0
+
+
+def delete_tenant(tx: Connection, tenant_id: str) -> None:
+    """Delete a removed tenant that has no other rows any more."""
+    tx.execute(sa.delete(Tenant).where(Tenant.id == tenant_id))
 
 
 def _in_order() -> Iterator[sa.Table]:

@@ -19,7 +19,7 @@ from core.topics import literal_levels
 from store.audit import EMPTY_RECORD
 from store.database import columns_of, hash_of
 from store.enrolment_tables import EnrolmentToken
-from store.tables import DEFAULT_TENANT, AclEntry, AuditHead, BrokerState, Device, Tenant, Token
+from store.tables import DEFAULT_TENANT, AclEntry, AuditHead, BrokerState, Device, IssuerRow, Tenant, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,16 @@ def changed_tenants(tx: Connection, *, since: int) -> Sequence[TenantRecord]:
     """Return the tenants of which the broker must learn since a generation, in the order of their names."""
     query = sa.select(*_TENANT_COLUMNS).where(Tenant.generation > since, Tenant.generation > 0).order_by(Tenant.id)
     return [_record(row) for row in tx.execute(query)]
+
+
+def tenants_to_tell(tx: Connection) -> Sequence[TenantRecord]:
+    """Return the tenants that a broker is told which knows nothing, in the order of their names.
+
+    They are all but those that were removed, and whose devices and CAs are deleted.
+    """
+    left = [sa.exists().where(of.tenant_id == Tenant.id) for of in (Device, IssuerRow)]
+    query = sa.select(*_TENANT_COLUMNS).where(sa.or_(Tenant.status != TenantStatus.REMOVED, *left))
+    return [_record(row) for row in tx.execute(query.order_by(Tenant.id))]
 
 
 _GET = sa.select(*_TENANT_COLUMNS).where(Tenant.id == sa.bindparam("wanted"))  # built once: requests run it

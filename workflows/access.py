@@ -37,7 +37,7 @@ class BrokerTenants:
 
     def changed(self, since: int) -> Sequence[TenantOnBroker]:
         """Return the tenants, but the first, of which the broker must learn since a generation; from 0 on, all."""
-        rows = tenants.changed_tenants(self._tx, since=since) if since > 0 else tenants.list_tenants(self._tx)
+        rows = tenants.changed_tenants(self._tx, since=since) if since > 0 else tenants.tenants_to_tell(self._tx)
         return [on_broker(row) for row in rows if row.id != DEFAULT_TENANT]
 
 

@@ -16,6 +16,7 @@ import db
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import FieldProblem, GuardNeeded, InputInvalid, PortalError, StateConflict
+from core.failpoints import failpoint
 from core.roles import Role
 from core.setting_values import parse_topic_prefix
 from core.tenants import Quotas, TenantChoices, TenantStatus, check_tenant_name, overlapping
@@ -142,6 +143,8 @@ class Tenants:
             record_of_both(tx, actor, "tenant:create", wanted.name, now, topic_prefix=wanted.prefix, token=token.id)
             if sealed is not None:
                 self._answers.keep(tx, sealed, kept.to_json(), device_id=None, generation=generation)
+            failpoint("tenant_add.before_commit")
+        failpoint("tenant_add.after_commit")
         return kept, generation
 
     def _check_broker(self) -> None:
@@ -237,6 +240,8 @@ class Tenants:
                 record = dataclasses.replace(record, status=status, generation=generation, changed_at=now)
                 tenants.update_tenant(tx, record)
                 record_of_both(tx, actor, action, name, now)
+            failpoint("tenant_move.before_commit")
+        failpoint("tenant_move.after_commit")
         return self.applied(self.whole(record), record.generation)
 
     def applied(self, record: TenantRecord, generation: int) -> TenantState:

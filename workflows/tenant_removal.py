@@ -13,10 +13,13 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import db
+from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core.errors import FieldProblem, InputInvalid, NotFound, StateConflict
+from core.errors import CaKeyUnavailable, FieldProblem, InputInvalid, NotFound, StateConflict, TokenUnavailable
+from core.failpoints import failpoint
 from core.tenants import TenantStatus
 from pki.issuers import Reason
+from pki.keys.stores import KeyStores
 from store import audit, issuers, tenant_rows, tenants
 from store.audit import Actor
 from store.database import Database
@@ -24,6 +27,7 @@ from store.scope import ALL_TENANTS
 from store.tables import DEFAULT_TENANT
 from store.tenants import TenantRecord
 from workflows.audit import AuditLogs
+from workflows.authority.names import key_names
 from workflows.authority.rollover import retire_all
 from workflows.reconciliation import Reconciler
 from workflows.tenant_life import Tenants, TenantState, check_not_first, record_of_both
@@ -52,8 +56,9 @@ class TenantRemovals:
     _database: Database
     _tenants: Tenants
     _reconciler: Reconciler
+    _keys: KeyStores
     _audit_logs: AuditLogs
-    _forget_on_broker: Callable[[], None]
+    _broker: BrokerProvisioning
     _clock: Callable[[], datetime]
 
     def remove(self, actor: Actor, name: str, typed: str) -> RemovedTenant:
@@ -86,6 +91,8 @@ class TenantRemovals:
                 tenants.update_tenant(tx, record)
                 tenant_rows.end_access(tx, name, at=now)
                 record_of_both(tx, actor, "tenant:remove", name, now)
+            failpoint("tenant_remove.before_commit")
+        failpoint("tenant_remove.after_commit")
         return self._tenants.whole(record)
 
     def _deleted_after(self, record: TenantRecord) -> datetime:
@@ -117,6 +124,7 @@ class TenantRemovals:
             )
             detail = {"reason": REASON}
             audit.record_all(tx, actor, [(f"{kind}:revoke", f"{kind}:{one}", detail) for one, kind in revoked], at=now)
+        failpoint("tenant_remove.some_revoked")
         self._reconciler.wake()
         return bool(revoked)
 
@@ -126,6 +134,7 @@ class TenantRemovals:
             if not tenant_rows.has_trusted_issuer(tx, record.id):
                 return
         retire_all(self._database, audit.system_actor(record.id), now=self._clock())
+        failpoint("tenant_remove.issuers_retired")
         self._reconciler.wake()
 
     def _delete(self, record: TenantRecord) -> None:
@@ -136,16 +145,45 @@ class TenantRemovals:
             if not count:
                 break
             deleted += count
+            failpoint("tenant_remove.some_deleted")
+        try:
+            self._destroy_keys(record.id)
+        except (CaKeyUnavailable, TokenUnavailable, OSError) as error:
+            log.error("a key of a removed tenant cannot be destroyed", extra={"tenant": record.id, "problem": error})
+            return  # the job tries again
+        if not self._is_forgotten_by_broker():
+            return
         now = self._clock()
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             db.next_generation(tx, at=now)
+            tenant_rows.delete_tenant(tx, record.id)
             issuers.changed(tx)
             actor = audit.system_actor(DEFAULT_TENANT)
             audit.record(tx, actor, "tenant:delete", f"tenant:{record.id}", at=now, rows=deleted)
+            failpoint("tenant_remove.before_gone")
+        failpoint("tenant_remove.gone")
         self._audit_logs.of(record.id).forget()
-        self._forget_on_broker()
         self._reconciler.wake()
         log.warning("the rows of a removed tenant were deleted", extra={"tenant": record.id, "rows": deleted})
+
+    def _is_forgotten_by_broker(self) -> bool:
+        """Have the broker told all anew, without what was deleted; return whether it was.
+
+        That is before the tenant itself is deleted: cut off afterwards, nobody would know of it.
+        """
+        self._broker.begin_again()
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            generation = db.next_generation(tx, at=self._clock())
+        return self._reconciler.apply(generation).covers(generation) and not self._broker.begins_again
+
+    def _destroy_keys(self, tenant_id: str) -> None:
+        """Destroy the keys of a tenant's CAs and of their OCSP responders."""
+        for name in key_names(tenant_id):
+            for path in (self._settings.ocsp_dir / f"{name}.pem", self._settings.ca_dir / f"{name}.csr.pem"):
+                path.unlink(missing_ok=True)
+            if self._keys.exists(name):
+                self._keys.destroy(name)
+                failpoint("tenant_remove.key_destroyed")
 
     # --- Export
 

@@ -139,6 +139,11 @@ class GuardControl:
         """Have the next draft begin a new journal."""
         self._distrusted = True
 
+    @property
+    def is_distrusted(self) -> bool:
+        """Whether the next draft begins a new journal."""
+        return self._distrusted
+
     def is_whole(self) -> bool:
         """Return whether the files for the broker are as they were written, with CRLs that are current."""
         return not self.files.damage()

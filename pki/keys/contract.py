@@ -59,6 +59,10 @@ class CaKeys(Protocol):
         """Return the key, ready to sign; that of a token asks the token when it signs, and not before."""
         ...
 
+    def destroy(self, name: str) -> None:
+        """Destroy a key, and what is recorded of it; may be repeated."""
+        ...
+
     def describe(self, name: str) -> KeyDescription:
         """Return where the key is, without asking a token."""
         ...

@@ -92,6 +92,16 @@ class KeyFiles:
         check_that_it_signs(self.load(name))
         return self.describe(name)
 
+    def destroy(self, name: str) -> None:
+        """Delete a key's file, and those that it was copied to when it was moved into a token."""
+        path = self.path(name)
+        try:
+            for each in (path, *path.parent.glob(f"{path.name}{ASIDE}*")):
+                each.unlink(missing_ok=True)
+            fsync_directory(self._folder)
+        except OSError as error:
+            raise CaKeyUnavailable(f"{path} cannot be deleted: {error.strerror}.") from error
+
     def set_aside(self, name: str) -> Path:
         """Give a key's file, mode 0600, a name under which it is not used any more, and return that."""
         path = self.path(name)

@@ -11,7 +11,7 @@ from core.errors import CaKeyUnavailable
 from core.pkcs11_uri import TokenUri
 from pki.algorithms import KeyType, PrivateKey, PublicKey
 from pki.keys.contract import CaKeys, KeyDescription
-from pki.keys.files import KeyFiles
+from pki.keys.files import KeyFiles, create_private_file
 from pki.keys.token_client import TokenClient
 from pki.keys.tokens import TokenKeys, read_record, record_path, recorded_keys
 
@@ -56,6 +56,21 @@ class KeyStores:
     def exists(self, name: str) -> bool:
         """Return whether there is a file or a record of that key; asks no token."""
         return self.files.exists(name) or record_path(self._folder, name).exists()
+
+    def is_taken(self, name: str) -> bool:
+        """Return whether there is a key of that name, or one was destroyed; asks no token."""
+        return self.exists(name) or self._destroyed(name).exists()
+
+    def destroy(self, name: str) -> None:
+        """Destroy a key for good, in a token, too; no new one gets its name. May be repeated."""
+        create_private_file(self._destroyed(name), b"")
+        if record_path(self._folder, name).exists():
+            uri = self._uri_of(name)
+            if uri is None:
+                self._holding(name)  # raises, and says what to do
+            else:
+                self._tokens[uri].destroy(name)
+        self.files.destroy(name)
 
     def create(self, name: str, kind: KeyType) -> PrivateKey:
         """Make a new key in the first of its places; an existing one is never replaced."""
@@ -122,6 +137,9 @@ class KeyStores:
         """End what was started for the tokens; their keys cannot be used any more."""
         for client in self._clients.values():
             client.close()
+
+    def _destroyed(self, name: str) -> Path:
+        return self._folder / f"{name}.destroyed"
 
     def _refuse_existing(self, name: str) -> None:
         if self.exists(name):

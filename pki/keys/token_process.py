@@ -219,7 +219,14 @@ class TokenSession:
 
     def answer(self, request: Facts) -> Facts:
         """Do what is asked; raises ``TokenRefused`` or ``PKCS11Error``."""
-        todo = {"open": self._open, "find": self._find, "make": self._make, "adopt": self._adopt, "sign": self._sign}
+        todo = {
+            "open": self._open,
+            "find": self._find,
+            "make": self._make,
+            "adopt": self._adopt,
+            "destroy": self._destroy,
+            "sign": self._sign,
+        }
         if request["do"] != "sign" or request.get("again"):  # seldom; all but a signature begins with a fresh session
             self._begin(patient=request.get("patient", False))
             return todo[request["do"]](request)
@@ -332,6 +339,21 @@ class TokenSession:
         finally:
             session.close()
         return self._find(request)
+
+    def _destroy(self, request: Facts) -> Facts:
+        """Destroy a key, unless the token has another one by its name; a repeat finds none."""
+        if request["public"] and self._private_keys(request):
+            self._key(request)  # compares it
+        named = {Attribute.LABEL: request["label"], Attribute.ID: bytes.fromhex(request["id"])}
+        session = self._open_session.token.open(rw=True)
+        try:
+            for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
+                for key in list(session.get_objects({Attribute.CLASS: kind, **named})):
+                    key.destroy()
+        finally:
+            session.close()
+        self._keys.pop((request["label"], request["id"]), None)
+        return {}
 
     def _sign(self, request: Facts) -> Facts:
         key = self._key(request)

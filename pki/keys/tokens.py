@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from core.errors import CaKeyUnavailable, TokenUnavailable
 from core.failpoints import failpoint
-from core.files import replace_file
+from core.files import fsync_directory, replace_file
 from core.pkcs11_uri import TokenUri, of_token
 from pki.algorithms import RSA_EXPONENT, KeyType, PrivateKey, PublicKey
 from pki.keys.contract import KeyDescription, Origin, check_that_it_signs
@@ -117,6 +117,16 @@ class TokenKeys:
             return bytes.fromhex(answer["signature"])
 
         return token_key(record.public_key, sign)
+
+    def destroy(self, name: str) -> None:
+        """Have the token destroy the key, both parts of it, then delete what is recorded of it."""
+        self._client.ask({"do": "destroy", **asdict(self._read(name))}, seconds=SLOW_SECONDS)
+        path = record_path(self._folder, name)
+        try:
+            path.unlink()
+            fsync_directory(self._folder)
+        except OSError as error:
+            raise CaKeyUnavailable(f"{path} cannot be deleted: {error.strerror}.") from error
 
     def describe(self, name: str) -> KeyDescription:
         """Return in which token the key is, and how it came there."""

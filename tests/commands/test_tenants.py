@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from commands.logins import login_path
+from tests.commands.test_terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, problem
 
@@ -58,9 +59,29 @@ def test_names_that_no_tenant_can_have_are_not_sent(session: Session, stub: Port
 def test_a_suspension_that_the_broker_has_not_confirmed_is_a_warning(session: Session, stub: PortalStub) -> None:
     answer = ACME | {"status": "suspended", "broker": "pending", "broker_problem": "The broker does not answer."}
     stub.replies["POST", "/tenants/acme/suspend"] = Reply(200, answer)
-    result = session.run("tenant", "suspend", "acme")
+    result = session.run("tenant", "suspend", "acme", "--yes")
     assert result.exit_code == 0
     assert "The broker does not answer." in result.stderr
+
+
+@pytest.mark.parametrize(("typed", "asked"), [("n", 0), ("y", 1)])
+def test_a_suspension_says_what_it_does_and_asks_once(
+    session: Session, stub: PortalStub, typed: str, asked: int
+) -> None:
+    stub.replies["GET", "/tenants/acme"] = Reply(200, ACME)
+    stub.replies["POST", "/tenants/acme/suspend"] = Reply(200, ACME | {"status": "suspended"})
+    with terminal(session, "tenant", "suspend", "acme", NO_COLOR="1", TERM="dumb", COLUMNS="200") as seen:
+        seen.expect("Suspend this tenant? [y/N]: ")
+        assert "disconnect all its devices and applications" in seen.seen
+        seen.type(typed + "\n")
+        assert seen.end() == (typed == "n")
+    assert len(stub.calls("POST", "/tenants/acme/suspend")) == asked
+
+
+def test_without_a_terminal_a_suspension_needs_yes(session: Session, stub: PortalStub) -> None:
+    result = session.run("tenant", "suspend", "acme")
+    assert (result.exit_code, stub.requests) == (2, [])
+    assert "--yes" in result.stderr
 
 
 def test_a_tenant_is_removed_only_with_its_name_typed_again(session: Session, stub: PortalStub) -> None:

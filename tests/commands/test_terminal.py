@@ -289,7 +289,7 @@ COMMANDS: dict[
     "tenant show acme": ("GET", "/tenants/acme", TENANT),
     "tenant add acme --token-out {new}": ("POST", "/tenants", TENANT | {"token": "t"}),
     "tenant update acme --max-devices 5 --clear link_hours": ("PATCH", "/tenants/acme", TENANT),
-    "tenant suspend acme": ("POST", "/tenants/acme/suspend", TENANT),
+    "tenant suspend acme --yes": ("POST", "/tenants/acme/suspend", TENANT),
     "tenant resume acme": ("POST", "/tenants/acme/resume", TENANT),
     "tenant remove acme --confirm acme": ("DELETE", "/tenants/acme", TENANT),
     "tenant export acme --out {new}": ("GET", "/tenants/acme/export", b""),

@@ -11,6 +11,7 @@ import ca
 import db
 from config import Settings
 from core.errors import CaKeyUnavailable, TokenUnavailable
+from core.failpoints import failpoint
 from core.server_command import server_command
 from core.states import IssuerKind
 from pki.algorithms import KeyType
@@ -120,6 +121,7 @@ def create_tenant_issuer(
         root, made = found, None
     name = issuing_name(tenant_id, next_number(issuers, keys, tenant_id))
     key = keys.create(name, KeyType(settings.issuing_key_type))
+    failpoint("tenant_add.key_made")
     issued = ca.create_issuing(
         root,
         key.public_key(),
@@ -140,14 +142,17 @@ def create_tenant_issuer(
         row = _add(tx, tenant_id, name, IssuerKind.ISSUING, issued, now)
         store_issuers.put_crl(tx, _of(row, crl, generation))
         audit.record(tx, actor, "ca:create", f"issuer:{name}", at=now, fingerprint=issued.fingerprint)
+        failpoint("tenant_add.before_ca_commit")
+    failpoint("tenant_add.after_ca_commit")
     with database.snapshot(sees=ALL_TENANTS) as tx:
         authority.seen_by(tx)
     return None
 
 
 def _new_root(keys: KeyStores, settings: Settings, tenant_id: str, now: datetime) -> tuple[Issuer, ca.Issued]:
-    name = next(name for name in root_names(tenant_id) if not keys.exists(name))
+    name = next(name for name in root_names(tenant_id) if not keys.is_taken(name))
     key = keys.create(name, KeyType(settings.root_key_type))
+    failpoint("tenant_add.root_key_made")
     called = common_name(settings.ca_name, tenant_id, "Root CA")
     made = ca.create_root(key, common_name=called, now=now, days=settings.root_days)
     return Issuer(name, made.certificate, key, url_name=url_name_of_key(made.certificate)), made

@@ -35,6 +35,12 @@ def root_names(tenant_id: str) -> Iterator[str]:
     yield from (_named(tenant_id, f"{ROOT}-{number}") for number in range(2, MAX_ISSUERS))
 
 
+def key_names(tenant_id: str) -> Iterator[str]:
+    """Yield all names that CAs of a tenant, and their keys, may have."""
+    yield from root_names(tenant_id)
+    yield from (issuing_name(tenant_id, number) for number in range(1, MAX_ISSUERS))
+
+
 def common_name(ca_name: str, tenant_id: str, role: str) -> str:
     """Return the common name of a CA, which holds the tenant's name; if that is too long, a part of it and its hash.
 
@@ -51,12 +57,13 @@ def common_name(ca_name: str, tenant_id: str, role: str) -> str:
 def next_number(issuers: Sequence[IssuerRecord], keys: KeyStores, tenant_id: str) -> int:
     """Return the number of the tenant's next issuing CA, which has neither a certificate nor a key yet.
 
-    A key without a CA was left by a call that was cut off, by a tenant that was removed, or by a database that was
-    restored since: it may have signed certificates that are not known here, so it is never used again.
+    A key without a CA was left by a call that was cut off, by a tenant that was removed, whose keys are destroyed, or
+    by a database that was restored since: it may have signed certificates that are not known here, so neither it nor
+    its name is used again.
     """
     taken = {record.name for record in issuers}
     numbers = ((n, issuing_name(tenant_id, n)) for n in range(2 if tenant_id == DEFAULT_TENANT else 1, MAX_ISSUERS))
-    free = (number for number, name in numbers if name not in taken and not keys.exists(name))
+    free = (number for number, name in numbers if name not in taken and not keys.is_taken(name))
     if (found := next(free, None)) is None:
         raise StateConflict(f"There have been {MAX_ISSUERS} issuing CAs of {tenant_id}, and there can be no more.")
     return found

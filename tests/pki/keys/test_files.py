@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def keys(folder: Path) -> CaKeys:
+def keys(folder: Path) -> KeyFiles:
     return KeyFiles(folder, PASSPHRASE)
 
 
@@ -69,6 +69,16 @@ def test_a_key_is_a_file_of_mode_0600_in_a_folder_of_mode_0700(keys: CaKeys, fol
     assert [path.name for path in folder.iterdir()] == ["root.key.pem"]
     assert mode_of(folder / "root.key.pem") == 0o600
     assert mode_of(folder) == 0o700
+
+
+def test_a_key_that_is_destroyed_is_gone_with_what_was_set_aside_of_it(keys: KeyFiles, folder: Path) -> None:
+    for name in ("issuing-1", "issuing-2"):
+        keys.create(name, KeyType.EC_P256)
+    aside = keys.set_aside("issuing-1")
+    aside.with_name("issuing-1.key.pem").write_bytes(aside.read_bytes())
+    for _ in range(2):
+        keys.destroy("issuing-1")
+        assert [path.name for path in folder.iterdir()] == ["issuing-2.key.pem"]
 
 
 def test_openssl_opens_a_key_with_the_passphrase_only(keys: CaKeys, folder: Path) -> None:

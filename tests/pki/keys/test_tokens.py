@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -242,3 +242,21 @@ def test_a_damaged_record_is_refused_by_name(keys: KeyStores, folder: Path, cont
 
 def test_the_module_is_where_the_tests_expect_it() -> None:
     assert os.path.exists(MODULE)
+
+
+def test_a_key_that_is_destroyed_is_neither_in_the_token_nor_here_and_its_name_is_not_free(
+    keys: KeyStores, folder: Path, own: TokenUri
+) -> None:
+    kept, key = keys.create("issuing-1", KeyType.EC_P256), keys.create("issuing-2", KeyType.EC_P256)
+    record = read_record(folder, "issuing-2")
+    keys.destroy("issuing-2")
+    assert (keys.exists("issuing-2"), keys.is_taken("issuing-2"), keys.names()) == (False, True, ["issuing-1"])
+    with pytest.raises((CaKeyUnavailable, TokenUnavailable)):
+        check_that_it_signs(key)
+    check_that_it_signs(kept)
+    record_path(folder, "issuing-2").write_text(json.dumps(asdict(record)))  # as if it had been cut off in between
+    record_path(folder, "issuing-2").chmod(0o600)
+    with pytest.raises(TokenUnavailable):
+        keys.examine("issuing-2")
+    keys.destroy("issuing-2")
+    assert not keys.exists("issuing-2")

@@ -13,9 +13,11 @@ from flask import Flask
 
 from app import portal_of
 from config import Settings
+from core.errors import TokenUnavailable
 from core.roles import Role
 from operations import jobs
 from operations.wiring import Portal
+from pki.keys.stores import KeyStores
 from store import issuers, tenants
 from store.tables import METADATA
 from tests.support.est import Device as EstClient
@@ -208,6 +210,51 @@ def test_the_key_and_checkpoint_of_a_deleted_record_are_deleted_if_there_were_an
     assert rows_of(portal, "acme") == {}
     assert not record_log.files.key_path.exists()
     assert not list(checkpoints.glob("*"))
+
+
+@ON_SQLITE
+def test_the_keys_of_its_cas_are_destroyed_with_the_rows_and_nobody_elses(
+    system: Api, app: Flask, clock: Clock
+) -> None:
+    portal = portal_of(app)
+    for name in ("acme", "corp"):
+        assert system.post("/tenants", {"name": name, "own_root": True}).status_code == 201
+    responder = portal.settings.ocsp_dir / "acme-issuing-1.pem"
+    responder.parent.mkdir(exist_ok=True)
+    responder.write_text("its key")
+    before = portal.keys.names()
+    removed(system)
+    portal.tenant_removals.run()
+    assert portal.keys.names() == before
+    clock.advance(days=31)
+    portal.tenant_removals.run()
+    gone = ["acme-issuing-1", "acme-root"]
+    assert portal.keys.names() == [name for name in before if name not in gone]
+    assert not responder.exists()
+    assert system.post("/tenants", {"name": "acme", "own_root": True}).status_code == 201
+    assert set(portal.keys.names()) == {*before, "acme-issuing-2", "acme-root-2"} - {*gone}  # no name comes back
+
+
+@ON_SQLITE
+def test_a_tenant_with_a_key_that_cannot_be_destroyed_is_kept_until_it_can(
+    system: Api, app: Flask, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portal = portal_of(app)
+    assert system.post("/tenants", {"name": "acme"}).status_code == 201
+    removed(system)
+    clock.advance(days=31)
+
+    def is_away(_keys: KeyStores, _name: str) -> None:
+        raise TokenUnavailable("The token is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyStores, "destroy", is_away)
+        portal.tenant_removals.run()
+    assert rows_of(portal, "acme") == {}
+    assert system.get("/tenants/acme").json["status"] == "removed"
+    portal.tenant_removals.run()
+    assert system.get("/tenants/acme").status_code == 404
+    assert "acme-issuing-1" not in portal.keys.names()
 
 
 def test_the_database_itself_keeps_a_tenant_that_was_not_removed(app: Flask, acme: Api) -> None:
