@@ -33,6 +33,7 @@ SECTIONS = {
         "resume": Lazy("lifecycle:resume", "Resume suspended devices with their existing certificates."),
         "revoke": Lazy("lifecycle:revoke", "Revoke devices permanently."),
         "certificates": Lazy("devices:certificates", "List a device's certificates, newest first."),
+        "group": Lazy("groups:group", "Groups of devices: list, show, add, update, members, remove."),
     },
     "Credentials": {
         "download": Lazy("delivery:download", "Download a device's bundle, check it and unpack it."),

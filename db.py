@@ -56,6 +56,7 @@ class NewDevice(TypedDict):
     external_id: NotRequired[str | None]
     kind: NotRequired[ClientKind]
     profile_id: NotRequired[str | None]
+    topics_group_id: NotRequired[str | None]
 
 
 def add_device(tx: Connection, **device: Unpack[NewDevice]) -> None:
@@ -77,7 +78,8 @@ def add_devices(tx: Connection, devices: Sequence[NewDevice]) -> None:
 
 
 def _device_row(device: NewDevice) -> dict[str, Any]:
-    row: dict[str, Any] = {"external_id": None, "kind": ClientKind.DEVICE, "profile_id": None, **device}
+    unset = {"external_id": None, "kind": ClientKind.DEVICE, "profile_id": None, "topics_group_id": None}
+    row: dict[str, Any] = {**unset, **device}
     row["id"] = row.pop("device_id")
     row["own_topics"] = row.pop("topics") is not None
     row["updated_at"] = row["created_at"]
@@ -122,15 +124,17 @@ def replace_topics(
     *,
     generation: int,
     narrowed: bool,
+    group_id: str | None = None,
 ) -> None:
     """Replace a device's own topics, or with ``None`` return to the default ones.
 
-    ``narrowed`` if it can read less than before, so that its session must end.
+    ``narrowed`` if it can read less than before, so that its session must end; ``group_id`` is the group whose topics
+    they are.
     """
     tx.execute(sa.delete(AclEntry).where(AclEntry.tenant_id == tenant_id, AclEntry.device_id == device_id))
     if rows := _topic_rows(tenant_id, device_id, topics):
         tx.execute(_INSERT_TOPICS, rows)
-    values = {"own_topics": topics is not None, "generation": generation}
+    values = {"own_topics": topics is not None, "topics_group_id": group_id, "generation": generation}
     update_device(tx, tenant_id, device_id, values | ({"narrowed_generation": generation} if narrowed else {}))
 
 

@@ -20,7 +20,7 @@ from commands.context import (
     warn_of_restart,
 )
 from commands.listing import COLUMNS, column, connection_in_words, lines_of, output_options
-from commands.names import device_argument
+from commands.names import GroupName, device_argument
 from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
 from commands.snippets import SNIPPETS, snippet_for
 from commands.times import Time
@@ -65,6 +65,7 @@ filter_options = option_group(
     ),
     click.option("--external-id", metavar="TEXT", help="Only the device with this external id."),
     click.option("--profile", type=ProfileName(), metavar="NAME", help="Only devices with this certificate profile."),
+    click.option("--group", type=GroupName(), metavar="NAME", help="Only devices of this group."),
     click.option("--attested", type=click.Choice(VERDICTS), help="Only devices with this verdict on their evidence."),
     _connection_flag("--connected", "Only devices that are connected to the broker now."),
     _connection_flag("--offline", "Only devices seen before that are not connected."),

@@ -21,7 +21,7 @@ TIMES = ("created_at", "updated_at", "expires_at", "revoked_at", "renewable_from
 COLUMNS = (
     "device_id", "external_id", "name", "type", "location", "firmware", "status", "created_at", "updated_at",
     "expires_at", "revoked_at", "revocation_reason", "profile", "attested", "connected", "connected_since", "last_seen",
-    "metadata", "topics",
+    "metadata", "topics", "groups",
 )  # fmt: skip
 
 FIELDS = (*COLUMNS, "renewable_from", "broker_problem")
@@ -65,9 +65,10 @@ def connection_in_words(device: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values_of(device: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a device as columns show it: with its connection in words, and its topics as --topic takes them."""
+    """Return a device as columns show it: with its connection in words, and topics as --topic takes them."""
     topics = [f"{one.get('filter')}:{one.get('access')}" for one in device.get("topics") or () if isinstance(one, dict)]
-    return {**device, **connection_in_words(device), "topics": " ".join(topics)}
+    groups = device.get("groups") or ()
+    return {**device, **connection_in_words(device), "topics": " ".join(topics), "groups": " ".join(map(str, groups))}
 
 
 def column(name: str) -> Callable[[Mapping[str, Any]], Cell]:

@@ -117,6 +117,14 @@ def _found(portal: Remote, devices: Sequence[str], filters: Mapping[str, Any]) -
         if not all(map(whole_id, named)):
             raise Unreachable("The portal's list of devices cannot be read; its version may differ.")
         return named
+    return named_devices(portal, devices)
+
+
+def named_devices(portal: Remote, devices: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Return what is known of devices, by their ids, that are named, or one a line on standard input for a ``-``.
+
+    Raises ``CheckFailed`` if one is not known.
+    """
     texts: list[str] = []
     for device in devices:
         texts += _lines(read_input(STDIN)) if device == STDIN else [device]

@@ -42,6 +42,23 @@ class DeviceName(click.ParamType[str]):
 DEVICE = DeviceName()
 
 
+class GroupName(click.ParamType[str]):
+    """The name of a group of devices."""
+
+    name = "name"
+    listed = Listed("/groups", "groups", "name", "description")
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name; others cannot be in a path."""
+        if not re.fullmatch("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
+            self.fail("use 1 to 63 lower-case letters, digits and inner hyphens.", param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the groups that begin so."""
+        return self.listed.starting_with(ctx, incomplete)
+
+
 def device_argument(
     what: str = "Name, id, external id, or the beginning of the id.",
 ) -> Callable[[Any], Any]:

@@ -34,6 +34,7 @@ EVENTS = (
     "broker_enforced",
     "broker_restart",
     "attestation_failed",
+    "group_changed",
     "link_reused",
     "application_registered",
     "application_renewed",

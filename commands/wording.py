@@ -17,6 +17,7 @@ _COMMANDS = {
     "GET /enrolment-tokens": "portal enrolment list",
     "GET /manufacturers": "portal manufacturer list",
     "POST /manufacturers": "portal manufacturer add",
+    "GET /groups": "portal group list",
     "GET /profiles": "portal profile list",
     "POST /register": "portal register",
 }

@@ -26,7 +26,7 @@
         DeviceNotFound  ApplicationNotFound  LinkUnknown
       Conflict                            409
         StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse  LastAdminToken  GuardNeeded
-        NameInUse  ProfileInUse  QuotaReached
+        NameInUse  ProfileInUse  QuotaReached  GroupInUse  GroupsDisagree
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
@@ -323,6 +323,18 @@ class ProfileInUse(Conflict):
     code = "profile_in_use"
 
 
+class GroupInUse(Conflict):
+    """The group sets something for devices that are in it, or its name is taken."""
+
+    code = "group_in_use"
+
+
+class GroupsDisagree(Conflict):
+    """A device would be in two groups that set the same thing for it."""
+
+    code = "groups_disagree"
+
+
 class IdempotencyConflict(Conflict):
     """The idempotency key was used before with another body."""
 
@@ -336,7 +348,7 @@ class LastAdminToken(Conflict):
 
 
 class QuotaReached(Conflict):
-    """The tenant has as many devices and applications as its quota allows."""
+    """The tenant has as many devices and applications as its quota allows, or as many groups or members as can be."""
 
     code = "quota_reached"
 

@@ -28,6 +28,7 @@ NAMES = (
     "resume.before_commit",
     "resume.after_commit",
     "actions.after_commit",
+    "groups.after_commit",
     "renew.before_commit",
     "renew.after_commit",
     "apply.begin",

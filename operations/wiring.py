@@ -57,6 +57,7 @@ from workflows.enrolment.enrolment import Enrolments
 from workflows.enrolment.first import FirstEnrolments
 from workflows.enrolment.manufacturers import Manufacturers
 from workflows.enrolment.reenrolment import Reenrolments
+from workflows.groups import Groups
 from workflows.mail.mail import Mail
 from workflows.oidc.login import SingleSignOn
 from workflows.oidc.provider import IdentityProvider
@@ -122,6 +123,7 @@ class Portal:
     renewals: Renewals
     clients: TlsClients
     profiles: CertificateProfiles
+    groups: Groups
     enrolment: Enrolments
     enrolment_tokens: EnrolmentTokens
     manufacturers: Manufacturers
@@ -310,6 +312,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         ),
         clients=shared.clients,
         profiles=CertificateProfiles(database, authority, clock),
+        groups=Groups(settings, database, tenant_terms, reconciler, clock),
         enrolment=_enrolments(base, shared),
         enrolment_tokens=EnrolmentTokens(database, clock),
         manufacturers=Manufacturers(database, shared.clients, clock),

@@ -16,6 +16,7 @@ from core.states import AttestationVerdict, CertificateStatus, ClientKind, Devic
 from core.topics import is_device_id
 from store.certificates import CURRENT, IS_APPLICATION, OF_DEVICE, of_device
 from store.database import columns_of
+from store.group_tables import GroupMember
 from store.presences import PresenceRecord
 from store.profiles import DEFAULT, id_of, name_of
 from store.tables import AclEntry, Certificate, Device, IssuerRow, Presence, Tenant
@@ -44,6 +45,7 @@ class DeviceRecord:
     kind: ClientKind
     profile: str  # the name of its certificate profile
     attested: AttestationVerdict | None
+    topics_group_id: str | None  # of the group that its topics are those of
 
     @property
     def name_in_audit(self) -> str:
@@ -144,7 +146,8 @@ class DeviceFilter:
     """The conditions of a list, of devices or of applications, and its order; ``None`` sets none.
 
     ``q`` is a part of a name, an external id or metadata, or a whole id; ``metadata`` is a key with its value,
-    ``KEY=VALUE``; ``attested`` is a verdict, or ``none``.
+    ``KEY=VALUE``; ``attested`` is a verdict, or ``none``; ``group`` is the name of a group, for which
+    ``workflows/groups.py:expanded`` puts ``member_of``, its id, or the conditions that it has.
     """
 
     status: str | None = None
@@ -161,6 +164,8 @@ class DeviceFilter:
     name: str | None = None
     metadata: str | None = None
     id: str | None = None
+    group: str | None = None
+    member_of: str | None = None
 
     @property
     def order(self) -> ListOrder:
@@ -174,7 +179,14 @@ class DeviceFilter:
     @property
     def is_searched(self) -> bool:
         """Whether it has a condition that no index helps with: a part of a name, or what is so of most devices."""
-        return self.q is not None or self.metadata is not None or self.profile == DEFAULT or self.is_unattested
+        is_of_group = self.member_of is not None and not self.is_read_from_members
+        searched = self.q is not None or self.metadata is not None or is_of_group
+        return searched or self.profile == DEFAULT or self.is_unattested
+
+    @property
+    def is_read_from_members(self) -> bool:
+        """Whether the members of a group are listed in the order in which the index of members has them."""
+        return self.member_of is not None and self.order in BY_AGE
 
     @property
     def narrows_expiry(self) -> bool:
@@ -242,6 +254,9 @@ def list_devices(
         query = query.where(Device.profile_id.is_(None))
     if wanted.is_unattested:
         query = query.where(Device.attested.is_(None))
+    if wanted.member_of is not None and not wanted.is_read_from_members:
+        of_group = (GroupMember.group_id == wanted.member_of, GroupMember.device_id == Device.id)
+        query = query.where(sa.exists().where(*of_group))
     if wanted.narrows_expiry:
         query = query.where(Certificate.not_after < wanted.expires_before)
     rows = tx.execute(_between(query, tenant_id, wanted, order, after, end).limit(limit))
@@ -288,6 +303,13 @@ def _order_of(wanted: DeviceFilter) -> _Order:
     devices, certificates, presences = Device.__table__, Certificate.__table__, Presence.__table__
     current = sa.and_(Certificate.device_id == Device.id, CURRENT)
     seen = Presence.identity == Device.id
+    if wanted.is_read_from_members:
+        member = GroupMember
+        source = member.__table__.join(devices, Device.id == member.device_id)
+        source = source.outerjoin(certificates, current).outerjoin(presences, seen)
+        descending, of_group = wanted.order is ListOrder.NEWEST, (member.group_id == wanted.member_of,)
+        by_age = (member.created_at, member.device_id)
+        return _Order(by_age, descending, source, member.tenant_id, of_group, LOOKED_AT_BY_OTHERS)
     if wanted.order in BY_AGE or wanted.order in BY_NAME:
         source = devices.outerjoin(certificates, current).outerjoin(presences, seen)
         named = (Device.name,) if wanted.order in BY_NAME else ()
@@ -339,7 +361,7 @@ def _reach(
     """
     if equal and equal[0][0] in (Device.id, Device.external_id):
         return equal[0][0], None
-    by_age = wanted.order in BY_AGE
+    by_age = wanted.order in BY_AGE and not wanted.is_read_from_members
     leads: list[tuple[Any, Any]] = [*equal] if by_age and equal else [(None, None)]
     if not wanted.is_searched and len(equal) + wanted.narrows_expiry + (not by_age) < 2:
         return leads[0][0], None

@@ -12,6 +12,7 @@ from core import states
 from store import (  # noqa: F401 - all in METADATA
     attestation_tables,
     enrolment_tables,
+    group_tables,
     mail_tables,
     profile_tables,
     session_tables,
@@ -187,6 +188,7 @@ class Device(OfTenant, Base):
         sa.CheckConstraint("length(id) = 36", name="id_is_uuid"),
         sa.CheckConstraint(one_of("kind", *states.ClientKind), name="kind"),
         sa.CheckConstraint("kind = 'device' OR own_topics", name="application_topics"),
+        partial_index("ix_devices_topics_group", "topics_group_id", where="topics_group_id IS NOT NULL"),
         sa.Index("ix_devices_newest", "tenant_id", "created_at", "id"),
         sa.Index("ix_devices_name", "tenant_id", "name", "created_at", "id"),
         sa.Index("ix_devices_status", "tenant_id", "status", "created_at", "id"),
@@ -229,6 +231,8 @@ class Device(OfTenant, Base):
     )
     # The certificate profile; ``NULL`` for the default one.
     profile_id: Mapped[str | None] = mapped_column(sa.String(32), sa.ForeignKey("certificate_profiles.id"))
+    # The group whose topics it has; ``NULL`` if it has its own, or the default ones.
+    topics_group_id: Mapped[str | None] = mapped_column(sa.String(16), sa.ForeignKey("device_groups.id"))
     # The verdict of its attestation, beside its row in ``attestations`` so that lists have an index for it.
     attested: Mapped[states.AttestationVerdict | None]
 

@@ -232,14 +232,14 @@ def checked_topics(
     settings: Settings,
     tenant: TenantTerms,
     topics: Sequence[tuple[str, str]] | None,
-    device_id: str,
+    device_id: str | None,
     *,
     kind: ClientKind = ClientKind.DEVICE,
 ) -> tuple[Topic, ...] | None:
     """Check the topics that a device is to have as its own, pairs of filter and access; ``None`` for the default ones.
 
-    An application, by its ``kind``, has no default ones. Raises ``TopicRefused``; ``GuardNeeded`` for an application
-    where the broker has files, which grant every SUBSCRIBE.
+    ``device_id`` is ``None`` for those of a group. An application, by its ``kind``, has no default ones. Raises
+    ``TopicRefused``; ``GuardNeeded`` for an application where the broker has files, which grant every SUBSCRIBE.
     """
     wanted = [Topic(pattern, Access(access)) for pattern, access in topics or ()]
     if kind is ClientKind.APPLICATION:

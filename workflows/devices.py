@@ -23,13 +23,14 @@ from core.states import ClientKind, DeviceStatus, PresenceState
 from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
 from store import devices as store_devices
-from store import generations, issuers, references
+from store import generations, groups, issuers, references
 from store.attestation import AttestationRecord, find_attestation
 from store.certificates import CertificateRecord
 from store.database import Database
 from store.devices import BY_NAME, DeviceFilter, DeviceRecord, ListedDevice, ListOrder, Place, place_of
 from store.issuers import CrlHead, CrlRecord
 from store.presences import presence_of
+from workflows.groups import expanded
 from workflows.presence import Contact, ContactFile, DeviceConnection, connection_of
 from workflows.tenants import TenantDirectory, TenantTerms
 
@@ -42,7 +43,7 @@ class DeviceDetails:
 
     It does not while its topics wait for a restart of the broker. ``problem`` is why the broker denies it everything
     although it is in use, ``connection`` is ``None`` for a device that was never seen, ``attestation`` for one that has
-    shown no evidence.
+    shown no evidence. It is in ``groups``, and has the topics of ``topics_group``, if it is not ``None``.
     """
 
     device: DeviceRecord
@@ -52,6 +53,8 @@ class DeviceDetails:
     problem: str | None
     connection: DeviceConnection | None
     attestation: AttestationRecord | None
+    groups: Sequence[str]
+    topics_group: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class Page:
     """A page of devices; ``contact`` says how current their connections are, ``cursor`` leads to the next page.
 
     Of applications, and devices with topics of their own, it has these: pairs of filter and access by id; and
-    ``problems`` has why the broker denies some of them everything.
+    ``problems`` has why the broker denies some of them everything, ``groups`` in which groups they are.
     """
 
     devices: Sequence[ListedDevice]
@@ -68,6 +71,7 @@ class Page:
     topics: Mapping[str, Sequence[tuple[str, str]]]
     problems: Mapping[str, str | None]
     default_topics: Sequence[tuple[str, str]]  # of the others
+    groups: Mapping[str, Sequence[str]]
 
 
 MAX_NAME = 128  # characters of a device's name
@@ -96,6 +100,7 @@ class Inventory:
             own = store_devices.device_topics(tx, tenant_id, device_id) if device.own_topics else ()
             state = generations.get_broker_state(tx)
             shown = None if device.attested is None else find_attestation(tx, tenant_id, device_id)
+            of_groups = groups.groups_of_device(tx, tenant_id, device_id)
         topics = _as_topics(own)
         return DeviceDetails(
             device=device,
@@ -105,6 +110,8 @@ class Inventory:
             problem=self._problem(self._tenants.of(tenant_id), device, topics),
             connection=None if presence is None else connection_of(presence, contact),
             attestation=shown,
+            groups=[group.name for group in of_groups],
+            topics_group=next((group.name for group in of_groups if group.id == device.topics_group_id), None),
         )
 
     def _problem(self, tenant: TenantTerms, device: DeviceRecord, own: Sequence[Topic]) -> str | None:
@@ -144,14 +151,15 @@ class Inventory:
         """Return a page of devices, or applications, newest first if ``wanted`` has no other order.
 
         Where several things narrow the list, a page may hold fewer than ``limit``, or none, and lead to another.
-        Raises ``InputInvalid`` for a cursor that no page of this order gave; ``GuardNeeded`` and ``BrokerUnavailable``
-        if ``wanted`` asks who is connected, and that is never known, or not known now.
+        Raises ``NotFound`` for a group, ``InputInvalid`` for a cursor that no page of this list gave; ``GuardNeeded``
+        and ``BrokerUnavailable`` if ``wanted`` asks who is connected, and that is never known, or not known now.
         """
         after = None if cursor is None else _read_cursor(cursor, wanted)
         contact = self._known_contact(wanted)  # first: what is read then is at least as new
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            found = store_devices.list_devices(tx, tenant_id, wanted, limit=limit + 1, after=after)
+            inner = expanded(tx, tenant_id, wanted)
+            found = store_devices.list_devices(tx, tenant_id, inner, limit=limit + 1, after=after)
             page, next_place = found.devices[:limit], found.end
             if len(found.devices) > limit:
                 next_place = place_of(page[-1], wanted)
@@ -171,7 +179,8 @@ class Inventory:
         known = [one.device for one in page if one.device.id in topics]
         problems = {device.id: self._problem(tenant, device, _as_topics(topics[device.id])) for device in known}
         default = [(topic.filter, topic.access.value) for topic in default_topics(tenant.topic_prefix)]
-        return Page(page, contact, cursor, topics, problems, default)
+        names = groups.group_names_of(tx, tenant.id, [one.device.id for one in page])
+        return Page(page, contact, cursor, topics, problems, default, names)
 
     def found(self, tenant_id: str, wanted: DeviceFilter) -> list[str]:
         """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``MOST_AT_ONCE``."""
@@ -194,7 +203,8 @@ class Inventory:
         contact = self._known_contact(wanted)
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            meant = [dataclasses.replace(wanted, id=one.id) for one in references.candidates(tx, tenant_id, text)]
+            inner = expanded(tx, tenant_id, wanted)
+            meant = [dataclasses.replace(inner, id=one.id) for one in references.candidates(tx, tenant_id, text)]
             found = [store_devices.list_devices(tx, tenant_id, one, limit=1).devices for one in meant]
             return self._page(tx, tenant, [device for one in found for device in one][:limit], contact, None)
 

@@ -35,6 +35,7 @@ class EventType(StrEnum):
     BROKER_ENFORCED = "broker_enforced"
     BROKER_RESTART = "broker_restart"
     ATTESTATION_FAILED = "attestation_failed"
+    GROUP_CHANGED = "group_changed"
     APPLICATION_REGISTERED = "application_registered"
     APPLICATION_RENEWED = "application_renewed"
     APPLICATION_EXPIRING = "application_expiring"

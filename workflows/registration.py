@@ -22,10 +22,11 @@ from core.failpoints import failpoint
 from core.states import METADATA_BYTES, ClientKind, DeviceStatus
 from core.topics import Access, Topic, default_topics, reads_less
 from pki.profiles import CertificateTerms
-from store import audit
+from store import audit, groups
 from store.audit import Actor
 from store.database import Database
 from store.devices import device_topics, update_device
+from store.groups import GroupRecord
 from store.profiles import hold_profile
 from workflows.admission import Admission, admit, check_external_id, checked_topics
 from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, DeviceAttestations
@@ -33,6 +34,7 @@ from workflows.attestation.nonces import NonceHolder
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
+from workflows.groups import topics_in_groups
 from workflows.profiles import find_profiles, terms_of
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory, TenantRates, TenantTerms
@@ -180,6 +182,8 @@ class Registrations:
     ) -> None:
         """Change what is known of a device or application; ``topics`` as in a registration, left out to keep them.
 
+        A device without topics of its own has those of its group, if one sets some, else the default ones.
+
         A ``profile``, by its name, counts from the next certificate on, as do other values that are in it. Raises
         ``DeviceNotFound``, ``ApplicationNotFound``, ``StateConflict`` for one that is revoked, ``TopicRefused``,
         ``ProfileRefused``, ``GuardNeeded``, ``ExternalIdTaken``, ``InputInvalid`` if it would have too much metadata.
@@ -187,9 +191,12 @@ class Registrations:
         now, tenant, checked = self._clock(), self._tenants.of(actor.tenant_id), None
         if not isinstance(topics, EllipsisType):
             checked = checked_topics(self._settings, tenant, topics, device_id, kind=kind)
-        generation = 0
+        generation, falls_back = 0, topics is not ... and checked is None
         with self._database.transaction() as tx:
+            group = _held_group(tx, actor.tenant_id, device_id) if falls_back else None
             device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
+            if falls_back and topics_in_groups(tx, actor.tenant_id, device_id) != group:
+                raise StateConflict("The device's groups have been changed meanwhile; try again.")
             if device.status is DeviceStatus.REVOKED:
                 raise StateConflict(f"The {kind} is revoked, which is final; register it again instead.")
             columns = {name: value for name, value in values.items() if name not in ("profile", "metadata_changes")}
@@ -207,15 +214,31 @@ class Registrations:
             update_device(tx, actor.tenant_id, device_id, {**columns, "updated_at": now})
             if topics is not ...:
                 generation = db.next_generation(tx, at=now)
+                if group is not None:
+                    checked = tuple(Topic(pattern, Access(access)) for pattern, access in group.pairs or ())
                 pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
                 narrowed = _reads_less(tenant, device_topics(tx, actor.tenant_id, device_id), checked)
-                db.replace_topics(tx, actor.tenant_id, device_id, pairs, generation=generation, narrowed=narrowed)
+                db.replace_topics(
+                    tx,
+                    actor.tenant_id,
+                    device_id,
+                    pairs,
+                    generation=generation,
+                    narrowed=narrowed,
+                    group_id=None if group is None else group.id,
+                )
             changed = sorted(values) + ([] if topics is ... else ["topics"])
             to = {name: values[name] for name in ("profile", "external_id") if name in values}
             audit.record(tx, actor, f"{kind}:update", device.name_in_audit, at=now, changed=changed, **to)
         if generation:
             self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
             self._reconciler.wait_for_restart()
+
+
+def _held_group(tx: Connection, tenant_id: str, device_id: str) -> GroupRecord | None:
+    """Return the group whose topics a device without its own has, which nobody changes before the transaction ends."""
+    group = topics_in_groups(tx, tenant_id, device_id)
+    return None if group is None else groups.get_group(tx, tenant_id, group.name, for_update=True)
 
 
 def _merged(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

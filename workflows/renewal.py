@@ -29,6 +29,7 @@ from workflows.attestation.evidence import ShownEvidence
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
+from workflows.groups import life_in_groups, with_life
 from workflows.profiles import terms_of_device
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory
@@ -157,11 +158,11 @@ class Renewals:
         with self._database.snapshot() as tx:
             device = db.get_device(tx, actor.tenant_id, device_id, kind=kind)
             self._check(tx, device, renewal, now=now, shown=shown)
-            terms = terms_of_device(tx, device)
+            terms, life = terms_of_device(tx, device), life_in_groups(tx, actor.tenant_id, device_id)
             own = devices.device_topics(tx, actor.tenant_id, device_id)
         topics = [Topic(pattern, Access(access)) for pattern, access in own] or None
         appraised = NOT_APPRAISED if shown is None else self._appraised(actor, device, renewal)
-        tenant = self._tenants.of(actor.tenant_id)
+        tenant, renewal = self._tenants.of(actor.tenant_id), with_life(renewal, life, terms)
         if hand_over:
             issued = self._credentials.issue_with_key(
                 tenant, device_id, renewal.key_type or "", renewal.validity_days, now=now, terms=terms

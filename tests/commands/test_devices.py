@@ -201,8 +201,8 @@ def test_a_connection_is_shown_in_words(
     shown = dict(line.split("\t") for line in session.run("show", device_id).stdout.splitlines())
     assert [shown[name] for name in ("connected", "connected_since", "last_seen")] == words
     header, line = session.run("export").stdout.splitlines()
-    assert header.split(",")[-5:-2] == ["connected", "connected_since", "last_seen"]
-    assert line.split(",")[-5:-2] == words
+    assert header.split(",")[-6:-3] == ["connected", "connected_since", "last_seen"]
+    assert line.split(",")[-6:-3] == words
     assert session.run("list").stdout.rstrip("\n").split("\t")[-2] == cell
 
 

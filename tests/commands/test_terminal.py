@@ -32,6 +32,7 @@ GROUPS = (
     "application",
     "audit",
     "enrolment",
+    "group",
     "manufacturer",
     "profile",
     "tenant",
@@ -161,6 +162,7 @@ EMPTY_LISTS = {  # what each command that prints a table asks for, and says wher
     f"certificates {DEVICE_ID}": (f"/devices/{DEVICE_ID}/certificates", "certificates", "has no certificates."),
     "enrolment list": ("/enrolment-tokens", "enrolment_tokens", "No enrolment tokens yet."),
     "manufacturer list": ("/manufacturers", "manufacturers", "No manufacturers yet."),
+    "group list": ("/groups", "groups", "No groups yet."),
     "profile list": ("/profiles", "profiles", "No certificate profiles."),
     "tenant list": ("/tenants", "tenants", "No tenants."),
     "waiting": ("/enrolments", "enrolments", "No devices wait for approval."),
@@ -209,7 +211,9 @@ def test_a_list_is_a_table_on_a_terminal_and_lines_in_a_pipe(session: Session, s
     with terminal(session, *command.split(), NO_COLOR="1") as seen:
         assert seen.end() == 0, seen.seen
     titles, *lines = seen.seen.splitlines()
-    first = {"audit list": "time", "profile list": "name", "tenant list": "name"}.get(command, "id")
+    first = {"audit list": "time", "profile list": "name", "tenant list": "name", "group list": "name"}.get(
+        command, "id"
+    )
     first = "serial number" if name == "certificates" else first
     assert titles.lower().startswith(first)
     piped = session.run(*command.split()).stdout.splitlines()
@@ -232,6 +236,12 @@ def test_columns_that_must_be_whole_become_a_record_if_they_do_not_fit(session: 
 DONE = {"device_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 APPLICATION = {"application_id": DEVICE_ID, "status": "active", "broker": "enforced"}
 MANUFACTURER = {"manufacturer_id": SHORT_ID, "name": "acme", "nonce": "n", "status": "pending"}
+GROUP = {
+    "name": "pilots",
+    "description": "First",
+    "members": 1,
+    "topics": [{"filter": "devices/news", "access": "read"}],
+}
 PROFILE = {"name": "tls-server", "key_types": ["ec-p256"], "dns_names": ["{name}.example.com"], "max_days": 90}
 TENANT = {"name": "acme", "status": "active", "topic_prefix": "acme", "est_label": "acme", "broker": "enforced"}
 COMMANDS: dict[
@@ -286,6 +296,16 @@ COMMANDS: dict[
     "profile add tls-server --server-auth --dns-name {{name}}.example.com": ("POST", "/profiles", PROFILE),
     "profile update tls-server --clear max_days": ("PATCH", "/profiles/tls-server", PROFILE),
     "profile remove tls-server --yes": ("DELETE", "/profiles/tls-server", PROFILE),
+    "group show pilots": ("GET", "/groups/pilots", GROUP),
+    "group add pilots --topic devices/news:read": ("POST", "/groups", GROUP),
+    "group update pilots --no-topics": (
+        "PATCH",
+        "/groups/pilots",
+        GROUP | {"broker": "pending", "broker_problem": "x"},
+    ),
+    f"group add-members pilots {DEVICE_ID}": ("POST", "/groups/pilots/members", GROUP | {"added": 1, "removed": 0}),
+    f"group remove-members pilots {DEVICE_ID}": ("POST", "/groups/pilots/members", GROUP | {"added": 0, "removed": 1}),
+    "group remove pilots --yes": ("DELETE", "/groups/pilots", GROUP),
     "tenant show acme": ("GET", "/tenants/acme", TENANT),
     "tenant add acme --token-out {new}": ("POST", "/tenants", TENANT | {"token": "t"}),
     "tenant update acme --max-devices 5 --clear link_hours": ("PATCH", "/tenants/acme", TENANT),

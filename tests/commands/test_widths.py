@@ -36,6 +36,7 @@ WIDTHS = (60, 80, 100, 200)
 ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 SHORT_ID = "1e66977361d81fe2"
 LONG = "a name that somebody made very long, with everything in it that there is to say"
+TOPICS = [{"filter": "devices/{id}/#", "access": "readwrite"}, {"filter": "devices/news", "access": "read"}]
 FULL: dict[str, tuple[str, str, dict[str, Any]]] = {  # the path, the name and a row of each list
     "list": ("/devices", "devices", {"device_id": ID, "name": "pump-17"}),
     "expiring": ("/devices", "devices", {"device_id": ID, "name": "pump-17"}),
@@ -43,6 +44,11 @@ FULL: dict[str, tuple[str, str, dict[str, Any]]] = {  # the path, the name and a
     f"certificates {ID}": (f"/devices/{ID}/certificates", "certificates", {"serial_number": "0a" * 16}),
     "enrolment list": ("/enrolment-tokens", "enrolment_tokens", {"enrolment_token_id": SHORT_ID, "name": "line-4"}),
     "manufacturer list": ("/manufacturers", "manufacturers", {"manufacturer_id": SHORT_ID, "name": "acme"}),
+    "group list": (
+        "/groups",
+        "groups",
+        {"name": "gateways", "members": 12, "description": "At the doors", "validity_days": 90, "topics": TOPICS},
+    ),
     "profile list": ("/profiles", "profiles", {"name": "tls-server"}),
     "tenant list": ("/tenants", "tenants", {"name": "acme", "topic_prefix": "sites/acme"}),
     "waiting": ("/enrolments", "enrolments", {"device_id": ID, "name": "pump-17"}),

@@ -20,6 +20,7 @@ from store import (
     devices,
     enrolment,
     generations,
+    groups,
     issuers,
     presences,
     references,
@@ -78,11 +79,19 @@ LISTS = {
     "connected": DeviceFilter(connected=PresenceState.CONNECTED),
     "connected and type": DeviceFilter(connected=PresenceState.OFFLINE, sort="last_seen", type="pump"),
     "attested": DeviceFilter(attested="outdated"),
+    "group": DeviceFilter(member_of="0" * 16),
+    "group and type": DeviceFilter(member_of="0" * 16, type="pump"),
+    "oldest of a group": DeviceFilter(member_of="0" * 16, sort="created"),
+    "by name of a group": DeviceFilter(member_of="0" * 16, sort="name"),
+    "last_seen of a group": DeviceFilter(member_of="0" * 16, sort="last_seen"),
     "attested and type": DeviceFilter(attested="outdated", type="pump"),
     "not attested": DeviceFilter(attested="none"),
     "all of them": DeviceFilter(status="active", type="pump", location="hall 1", expires_before=NOW),
 }
 LOOK_UPS: dict[str, Query] = {
+    "a group": lambda tx: groups.find_group(tx, "default", "pilots"),
+    "the groups of a device": lambda tx: groups.groups_of_device(tx, "default", "x"),
+    "the groups of a page of devices": lambda tx: groups.group_names_of(tx, "default", ["x", "y"]),
     "a device by name": lambda tx: references.candidates(tx, "default", "pump-1"),
     "a device by the beginning of its id": lambda tx: references.candidates(tx, "default", "01939bfa"),
     "a device by its id": lambda tx: references.candidates(tx, "default", "0" * 8 + "-0000-0000-0000-" + "0" * 12),
@@ -190,6 +199,7 @@ def test_a_page_is_read_from_an_index_in_its_order(
     plans_of: Callable[[Query], list[str]], name: str, later: bool
 ) -> None:
     state: tuple[object, ...] = (PresenceState.OFFLINE,) if name.endswith("last_seen") else ()
+    state = (PresenceState.OFFLINE,) if name.startswith("last_seen") else state
     state = ("pump-1",) if name.startswith("by name") else state
     after = (*state, NOW, "0" * 36) if later else None
     plans = plans_of(lambda tx: devices.list_devices(tx, "default", LISTS[name], limit=50, after=after))

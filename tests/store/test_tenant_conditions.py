@@ -24,6 +24,7 @@ from store import (
     deliveries,
     devices,
     enrolment,
+    groups,
     keys,
     presences,
     renewal,
@@ -51,6 +52,7 @@ class Owned:
     token_id: str
     webhook_id: str
     enrolment_token_id: str
+    group_id: str
     now: datetime
 
 
@@ -64,13 +66,17 @@ def owned(portal: Portal) -> Owned:
     _, enrolment_token = portal.enrolment_tokens.create(
         OPERATOR, "batch", PROFILE, device_id=None, count=9, life=timedelta(days=1)
     )
+    group = portal.groups.add(OPERATOR, "pilots", "", saved=None, topics=None, validity_days=9)
+    portal.groups.change_members(OPERATOR, "pilots", [device_id])
     with portal.database.transaction() as tx:
         tenants.add_tenant(tx, "another", created_at=now)
         current = certificates.current_certificate(tx, "default", device_id)
         assert current is not None
         key = tx.execute(sa.text("SELECT key_fingerprint FROM device_keys")).scalars().first()
         answer = tx.execute(sa.select(IdempotencyKey.key_hash)).scalar_one()
-    return Owned(device_id, current.fingerprint, str(key), answer, token.id, webhook.id, enrolment_token.id, now)
+    return Owned(
+        device_id, current.fingerprint, str(key), answer, token.id, webhook.id, enrolment_token.id, group.id, now
+    )
 
 
 Ask = Callable[[Connection, str, Owned], Any]
@@ -93,6 +99,12 @@ READS: dict[str, Ask] = {
     "a webhook": lambda tx, of, it: webhooks.get_webhook(tx, of, it.webhook_id),
     "an enrolment token": lambda tx, of, it: enrolment.get_enrolment_token(tx, of, it.enrolment_token_id),
     "an enrolment token to use": lambda tx, of, it: enrolment.lock_enrolment_token(tx, of, it.enrolment_token_id),
+    "groups": lambda tx, of, it: groups.list_groups(tx, of),
+    "a group": lambda tx, of, it: groups.find_group(tx, of, "pilots"),
+    "the groups of a device": lambda tx, of, it: groups.groups_of_device(tx, of, it.device_id),
+    "names of groups": lambda tx, of, it: groups.group_names_of(tx, of, [it.device_id]),
+    "devices for a group": lambda tx, of, it: groups.lock_devices(tx, of, [it.device_id]),
+    "members": lambda tx, of, it: groups.members_among(tx, of, it.group_id, [it.device_id]),
     "a device": lambda tx, of, it: db.get_device(tx, of, it.device_id),
 }
 # Each changes something for the first tenant, and nothing as another one.
@@ -117,6 +129,8 @@ WRITES: dict[str, Ask] = {
         device_id=None,
     ),
     "a token": lambda tx, of, it: tenants.revoke_token(tx, of, it.token_id, revoked_at=it.now),
+    "a group": lambda tx, of, it: groups.remove_group(tx, of, it.group_id),
+    "what a group says": lambda tx, of, it: groups.update_group(tx, of, it.group_id, {"description": "taken over"}),
     "a webhook": lambda tx, of, it: webhooks.remove_webhook(tx, of, it.webhook_id),
     "a use of an enrolment token": lambda tx, of, it: enrolment.count_use(tx, of, it.enrolment_token_id),
     "the end of an enrolment token": lambda tx, of, it: enrolment.revoke_enrolment_token(

@@ -24,6 +24,7 @@ from web.api.fields import (
     DeviceId,
     ExternalId,
     Fingerprint,
+    GroupName,
     Hex,
     KeyTypeName,
     Limit,
@@ -259,14 +260,17 @@ class DeviceSummary(AnswerModel):
     attested: AttestationVerdict | None
     metadata: dict[str, Any]
     topics: list[TopicModel]
+    groups: list[str]
 
 
 class DeviceModel(DeviceSummary):
     """A device with its certificate, its topics, and whether the broker enforces its newest state.
 
     `broker` is `closed` if it does, and that is to deny it everything: see `broker_problem`. `brokers` is where it
-    connects.
+    connects; `topics_group` is the group whose topics it has, null if it has its own, or the default ones.
     """
+
+    topics_group: str | None
 
     former_external_id: str | None
     broker: BrokerState
@@ -309,6 +313,7 @@ class DeviceConditions(RequestModel):
     expires_before: Time | None = None
     external_id: ExternalId | None = None
     profile: ProfileName | None = None
+    group: GroupName | None = None
     attested: (
         Annotated[
             Literal["passed", "failed", "outdated", "none"],
@@ -378,7 +383,7 @@ def register(call: Call, body: RegistrationRequest) -> Reply:
     return Reply(RegisterAnswer.of(registered, broker="pending" if waits else None), headers=location)
 
 
-@ROUTES.add("GET", "/devices", Permission.READ, errors=(409,))
+@ROUTES.add("GET", "/devices", Permission.READ, errors=(404, 409))
 def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
     """List devices, newest first; with `expires_before`, those that expire soonest first, unless `sort` says else."""
     inventory, tenant_id = call.portal.inventory, call.actor.tenant_id
@@ -403,6 +408,7 @@ def _page(call: Call, page: Page) -> DevicePage:
                 TopicModel(filter=pattern, access=Access(access).value)
                 for pattern, access in page.topics.get(one.device.id, page.default_topics)
             ],
+            groups=list(page.groups.get(one.device.id, ())),
         )
         for one in page.devices
     ]
@@ -472,6 +478,8 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
         **broker_state(details),
         brokers=[BrokerModel(host=one.host, port=one.port) for one in call.portal.settings.broker_addresses],
         connection=connection_model(details.connection),
+        groups=list(details.groups),
+        topics_group=details.topics_group,
         certificate=None if certificate is None else certificate_model(certificate),
         attestation=None if details.attestation is None else AttestationModel.of(details.attestation),
     )

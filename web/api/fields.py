@@ -21,6 +21,7 @@ from pki.issuers import Reason
 # Control characters, line separators and bidirectional overrides could deceive somebody who reads a list or a log.
 _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff"
 _TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
+_TEXT_OR_NONE = rf"^([^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?)?$"
 UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
 _CURSOR = "^Wy[IJ][A-Za-z0-9_-]{40,900}$"  # Base64 of a JSON list that begins with the name of an order
@@ -34,6 +35,7 @@ TOPIC_PREFIX = "^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,7}$"
 # Messages about values that do not match, in place of the pattern.
 PATTERN_IN_WORDS = {
     _TEXT: "must not contain control or invisible characters, nor begin or end with white space",
+    _TEXT_OR_NONE: "must not contain control or invisible characters, nor begin or end with white space",
     _PASSWORD: "must be 12 to 128 printable ASCII characters",
     _PAIR: "must be KEY=VALUE, the key without quotation marks and backslashes",
     _NUMERIC_CURSOR: "must be the next_cursor of the previous page",
@@ -62,6 +64,7 @@ _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, examples=["pump-17"])]
 ShortText = Annotated[str, Field(min_length=1, max_length=64, pattern=_TEXT)]
 Place = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT)]
+Description = Annotated[str, Field(max_length=256, pattern=_TEXT_OR_NONE, examples=["Pumps of hall 2"])]
 ExternalId = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT, examples=["line-4/000217"])]
 ProfileName = Annotated[
     str,
@@ -70,6 +73,9 @@ ProfileName = Annotated[
         examples=["tls-server"],
         description="The name of a certificate profile; `default` if it is left out",
     ),
+]
+GroupName = Annotated[
+    str, Field(pattern=PROFILE_NAME, examples=["hall-2"], description="The name of a group of devices")
 ]
 TenantName = Annotated[str, Field(pattern=PROFILE_NAME, examples=["acme"])]
 TopicPrefix = Annotated[str, Field(pattern=TOPIC_PREFIX, max_length=256, examples=["sites/acme"])]

@@ -237,6 +237,7 @@ class ActionAnswer(AnswerModel):
         model=ActionAnswer,
         media_type=NDJSON,
     ),
+    errors=(404,),
 )
 def act_on_devices(call: Call, body: ActionRequest) -> Reply:
     """Revoke, suspend or resume many devices, which the broker learns at once."""

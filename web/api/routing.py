@@ -275,6 +275,7 @@ PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
     "manufacturer_id": (_HEX, NotFound, "No manufacturer has this id: ids are 16 hexadecimal digits."),
     "log": (_HEX, NotFound, "No log has this name: names are 16 hexadecimal digits, the end of a checkpoint's origin."),
     "profile": (PROFILE_NAME, NotFound, "No certificate profile has this name; list them with GET /profiles."),
+    "group": (PROFILE_NAME, NotFound, "No group has this name; list them with GET /groups."),
     "tenant": (PROFILE_NAME, NotFound, "No tenant has this name; list them with GET /tenants."),
     "label": ("^[A-Za-z0-9._-]{1,64}$", NotFound, "Unknown EST label; leave it out, or use the tenant's name."),
     "issuer": ("^[a-z0-9-]{1,64}$", NotFound, "No issuer has this name; the certificate chain is at /ca.pem."),

@@ -29,6 +29,7 @@ EventName = Literal[
     "broker_enforced",
     "broker_restart",
     "attestation_failed",
+    "group_changed",
     "link_reused",
     "application_registered",
     "application_renewed",

@@ -31,6 +31,7 @@ from workflows.attestation.nonces import NonceHolder
 from workflows.attestation.policies import PolicyRequest, check_policy, set_policy
 from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.enrolment.clients import ManufacturedClient
+from workflows.groups import with_life
 from workflows.profiles import find_profiles
 from workflows.tenants import TenantTerms
 
@@ -226,18 +227,21 @@ class EnrolmentAttempt:
         device_id: str,
         terms: CertificateTerms | None,
         now: datetime,
+        *,
+        life: int | None = None,
     ) -> IssuedCredentials:
         """Certify the key of the CSR, or a new key of the kind that ``csrattrs`` names.
 
-        Raises ``ProfileRefused``, or a kind of ``AttestationRefused`` if the profile requires other evidence.
+        ``life`` is for how many days a group of the device says, which counts unless the profile says it. Raises
+        ``ProfileRefused``, or a kind of ``AttestationRefused`` if the profile requires other evidence.
         """
         self.appraised.check()
-        profile = self.credential.profile
+        wanted = with_life(self.wanted, life, terms)
         if self.request.csr is None:
-            kinds = profile.key_types
+            kinds = self.credential.profile.key_types
             kind = kinds[0] if terms is None else terms.usual_key(*kinds)
-            return credentials.issue_with_key(tenant, device_id, kind, profile.validity_days, now=now, terms=terms)
-        return credentials.issue(tenant, device_id, self.wanted, None, now=now, terms=terms)
+            return credentials.issue_with_key(tenant, device_id, kind, wanted.validity_days, now=now, terms=terms)
+        return credentials.issue(tenant, device_id, wanted, None, now=now, terms=terms)
 
     def audit_detail(self) -> dict[str, Any]:
         """Return what the audit entry says of the key of a device that was given a certificate."""

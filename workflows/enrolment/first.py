@@ -33,6 +33,7 @@ from workflows.enrolment.credentials import (
     check_token,
 )
 from workflows.events import EventType
+from workflows.groups import life_in_groups
 from workflows.profiles import find_profiles, terms_of, terms_of_device
 from workflows.tenants import TenantDirectory, TenantRates
 
@@ -59,13 +60,13 @@ class FirstEnrolments:
         now, credential = self._clock(), attempt.credential
         device_id = credential.device_id or db.new_device_id(now)
         at_once = credential.profile.approval is Approval.AT_ONCE
-        terms = self._terms(credential, device_id)
+        terms, life = self._terms(credential, device_id), self._life(credential)
         tenant = self._tenants.of(credential.tenant_id)
         self._credentials.check(tenant, attempt.wanted, terms)
         attempt.appraised.check()  # of a device that will wait, too
         if at_once:
             self._rates.take_registration(tenant)
-        issued = attempt.issue(self._credentials, tenant, device_id, terms, now) if at_once else None
+        issued = attempt.issue(self._credentials, tenant, device_id, terms, now, life=life) if at_once else None
         generation = self._database.write(lambda tx: self._record_first(tx, attempt, device_id, issued, now))
         if issued is None:
             return Waiting(device_id)
@@ -83,6 +84,13 @@ class FirstEnrolments:
                 return terms_of(profiles, device.profile, device_id, device, serial=serial)
             profiles = find_profiles(tx, credential.tenant_id, [name])
         return terms_of(profiles, name, device_id, _device_request(credential, None), serial=serial)
+
+    def _life(self, credential: EnrolmentCredential) -> int | None:
+        """Return for how many days a group says whose member the one device of a token is; others are in none yet."""
+        if credential.device_id is None:
+            return None
+        with self._database.snapshot() as tx:
+            return life_in_groups(tx, credential.tenant_id, credential.device_id)
 
     def _record_first(
         self, tx: Connection, attempt: EnrolmentAttempt, device_id: str, issued: IssuedCredentials | None, now: datetime
@@ -133,9 +141,10 @@ class FirstEnrolments:
             raise StateConflict("An operator has approved another key of this device; ask with that one.")
         with self._database.snapshot() as tx:
             terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
+            life = life_in_groups(tx, credential.tenant_id, known.device_id)
         tenant = self._tenants.of(credential.tenant_id)
         self._rates.take_registration(tenant)
-        issued = attempt.issue(self._credentials, tenant, known.device_id, terms, now)
+        issued = attempt.issue(self._credentials, tenant, known.device_id, terms, now, life=life)
 
         def record(tx: Connection) -> int:
             device = self._pending(tx, credential.tenant_id, known.device_id)

@@ -29,6 +29,7 @@ from workflows.enrolment.credentials import (
     check_token,
 )
 from workflows.events import EventType
+from workflows.groups import life_in_groups
 from workflows.profiles import terms_of_device
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory
@@ -112,7 +113,9 @@ class Reenrolments:
         now, credential, key = self._clock(), attempt.credential, attempt.key_fingerprint
         with self._database.snapshot() as tx:
             terms = terms_of_device(tx, db.get_device(tx, credential.tenant_id, known.device_id))
-        issued = attempt.issue(self._credentials, self._tenants.of(credential.tenant_id), known.device_id, terms, now)
+            life = life_in_groups(tx, credential.tenant_id, known.device_id)
+        tenant = self._tenants.of(credential.tenant_id)
+        issued = attempt.issue(self._credentials, tenant, known.device_id, terms, now, life=life)
 
         def record(tx: Connection) -> int:
             device = self._check_replaceable(tx, credential, known, now, approved=approved)

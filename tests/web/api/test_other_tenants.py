@@ -104,6 +104,7 @@ def owned(shared_app: Flask, owner: Api) -> Owned:
     made("/profiles", profile)
     registration = DEVICE | {"external_id": "hidden-1", "profile": "hidden-profile"}
     device = made("/register", registration, **{"Idempotency-Key": IDEMPOTENCY_KEY})
+    made("/groups", {"name": "hidden-group", "description": "hidden-purpose"})
     enrolment = made("/enrolment-tokens", {"name": "hidden-token", "attestation": POLICY})
     parts = {
         "device_id": device["device_id"],
@@ -113,10 +114,19 @@ def owned(shared_app: Flask, owner: Api) -> Owned:
         "enrolment_token_id": enrolment["enrolment_token_id"],
         "manufacturer_id": made("/manufacturers", {"name": "hidden-maker", "certificate": MAKER})["manufacturer_id"],
         "profile": "hidden-profile",
+        "group": "hidden-group",
     }
     waiting, policy_id = expect_one_to_enrol(portal), str(enrolment["attestation"]["policy_id"])
     words = (*parts.values(), waiting, policy_id, *registration.values(), device["serial_number"])
-    words += ("hidden-application", "hidden-operator", "hidden-hook", "hidden-token", "hidden-maker", "hidden-batch")
+    words += (
+        "hidden-application",
+        "hidden-operator",
+        "hidden-hook",
+        "hidden-token",
+        "hidden-maker",
+        "hidden-batch",
+        "hidden-purpose",
+    )
     return Owned(parts, waiting, policy_id, registration, words)
 
 
@@ -158,6 +168,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "PATCH /devices/{device_id}": {"name": "taken over"},
     "PATCH /enrolment-tokens/{enrolment_token_id}": {"attestation": {}},
     "PATCH /profiles/{profile}": {"max_days": 9},
+    "PATCH /groups/{group}": {"description": "taken over"},
+    "POST /groups": {"name": "own"},
+    "POST /groups/{group}/members": {"add": ["0f9d2c4e-5b1a-4c7d-9e8f-102030405060"]},
     "PATCH /manufacturers/{manufacturer_id}": {"name": "taken over"},
     "POST /manufacturers/{manufacturer_id}/proof": {"signature": "x"},
     "PATCH /applications/{application_id}": {"name": "taken over"},
@@ -196,6 +209,7 @@ def test_no_route_shows_or_changes_what_is_another_tenants(
         "/devices?external_id=hidden-1", "/devices?q=hidden", "/devices?type=hidden-type", "/devices?status=active",
         "/devices?location=hidden-place", "/devices?attested=none", "/devices?expires_before=2100-01-01T00:00:00Z",
         "/devices?sort=last_seen", "/applications?q=hidden", "/audit?object=device:{device_id}",
+        "/devices?group=hidden-group",
         "/audit?actor=hidden-operator", "/audit?cursor=1000",
     ],
 )  # fmt: skip
@@ -235,6 +249,7 @@ REFERENCES: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
     "external id": ("/register", PLAIN | {"external_id": "hidden-1"}, 201),
     "external id of an expected device": ("/devices", PLAIN | {"external_id": "hidden-2"}, 201),
+    "name of a group": ("/groups", {"name": "hidden-group"}, 201),
     "name of a profile": ("/profiles", {"name": "hidden-other"}, 201),
     "name of a token": ("/tokens", {"name": "hidden-operator", "role": "auditor"}, 201),
     "manufacturer": ("/manufacturers", {"name": "hidden-maker", "certificate": MAKER}, 201),

@@ -113,7 +113,9 @@ def things(app: Flask, tenant: str = "default") -> There:
         "log": "0" * 16,
         "profile": "a-profile" if tenant == "default" else f"a-profile-of-{tenant}",
     }
-    api.post("/profiles", {"name": parts["profile"]})  # it may be there already
+    parts["group"] = "a-group" if tenant == "default" else f"a-group-of-{tenant}"
+    for path, name in (("/profiles", parts["profile"]), ("/groups", parts["group"])):
+        api.post(path, {"name": name})  # it may be there already
     enrolment_token = api.post("/enrolment-tokens", {"name": "a batch"}).json["token"]
     return There(api, csr_pem(), parts, base64.b64encode(f":{enrolment_token}".encode()).decode())
 
