@@ -76,6 +76,7 @@ class Page:
 
 MAX_NAME = 128  # characters of a device's name
 PAGE, MOST_AT_ONCE = 500, 10_000  # devices that one action is done to
+MOST_RENEWED = 1000  # for each of which a key is made, and a bundle encrypted
 
 
 @dataclass(eq=False, repr=False)
@@ -182,15 +183,15 @@ class Inventory:
         names = groups.group_names_of(tx, tenant.id, [one.device.id for one in page])
         return Page(page, contact, cursor, topics, problems, default, names)
 
-    def found(self, tenant_id: str, wanted: DeviceFilter) -> list[str]:
-        """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``MOST_AT_ONCE``."""
+    def found(self, tenant_id: str, wanted: DeviceFilter, *, most: int) -> list[str]:
+        """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``most``."""
         found: list[str] = []
         cursor: str | None = None
         while True:
             page = self.devices(tenant_id, wanted, limit=PAGE, cursor=cursor)
             found += [device.id for device, *_ in page.devices]
-            if len(found) > MOST_AT_ONCE:
-                problem = FieldProblem("filter", f"matches more than {MOST_AT_ONCE} devices")
+            if len(found) > most:
+                problem = FieldProblem("filter", f"matches more than {most} devices")
                 raise InputInvalid("The filter matches too many devices; narrow it, or name devices by ids.", [problem])
             if (cursor := page.cursor) is None:
                 return found

@@ -45,6 +45,7 @@ from workflows.tenants import TenantDirectory, TenantTerms
 
 MAX_GROUPS = 1000  # of a tenant
 MAX_MEMBERS = 10_000  # of a group: what one transaction can change without others waiting for long
+CHANGED_AT_ONCE = 1000  # members, each of which is a parameter of a statement
 SET_FOR_MEMBERS = {"topics": "topics", "validity_days": "the life of certificates"}
 Pairs = Sequence[tuple[str, str]]
 _Request = TypeVar("_Request", bound=CredentialRequest)
@@ -97,7 +98,7 @@ class Groups:
     ) -> GroupRecord:
         """Add a group, without members yet, or with a ``saved`` filter.
 
-        Raises ``GroupInUse`` for a name that is taken, ``QuotaReached``, ``TopicRefused``, and ``InputInvalid`` for a
+        Raises ``GroupInUse`` for a name that is taken, ``QuotaReached``, ``TopicRefused``, and ``StateConflict`` for a
         filter together with what is set for members.
         """
         now, tenant = self._clock(), self._tenants.of(actor.tenant_id)
@@ -120,7 +121,7 @@ class Groups:
         """Change what a group says, by the names of its fields; the answer comes once the broker obeys.
 
         Its members that have no topics of their own have other topics from the commit on, all at one generation. Raises
-        ``NotFound``, ``TopicRefused``, ``InputInvalid``, ``StateConflict`` for a filter of a group with members,
+        ``NotFound``, ``TopicRefused``, ``StateConflict`` for a filter of a group with members or that sets something,
         ``GroupsDisagree`` if a member is in another group that sets the same.
         """
         now, tenant, generation = self._clock(), self._tenants.of(actor.tenant_id), 0
@@ -167,6 +168,16 @@ class Groups:
                 generation = self._write_members(tx, actor, tenant, group, new, gone, now)
             group = groups.get_group(tx, tenant.id, name)
         return self._enforced(GroupChanged(group, len(new), len(gone)), generation)
+
+    def put(self, actor: Actor, name: str, add: Sequence[str], remove: Sequence[str]) -> GroupChanged:
+        """Add and remove any number of devices as ``change_members`` does, some thousand in each transaction."""
+        changed = GroupChanged(self.group(actor.tenant_id, name), enforced=None)
+        for start in range(0, max(len(add), len(remove)), CHANGED_AT_ONCE):
+            part = slice(start, start + CHANGED_AT_ONCE)
+            after = self.change_members(actor, name, add[part], remove[part])
+            if changed.enforced is not False:
+                changed = dataclasses.replace(changed, enforced=after.enforced, problem=after.problem)
+        return changed
 
     def _write_members(
         self,
@@ -234,8 +245,10 @@ def _sets(group: GroupRecord, setting: str) -> bool:
 
 def _check_filter(group: GroupRecord) -> None:
     if group.filter is not None and any(_sets(group, one) for one in SET_FOR_MEMBERS):
-        rule = "goes with neither topics nor validity_days: who fits it changes with each device's description"
-        raise InputInvalid(f"A filter {rule}.", [FieldProblem("filter", rule)])
+        raise StateConflict(
+            "A group with a filter sets neither topics nor validity_days: who fits it changes with each device's"
+            " description. Use a group with members."
+        )
 
 
 def _check_others(tx: Connection, group: GroupRecord, settings: Sequence[str], among: Collection[str] | None) -> None:

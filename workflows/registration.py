@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from types import EllipsisType
 from typing import Any
@@ -31,6 +31,7 @@ from store.profiles import hold_profile
 from workflows.admission import Admission, admit, check_external_id, checked_topics
 from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, DeviceAttestations
 from workflows.attestation.nonces import NonceHolder
+from workflows.changes import ActionRefused, Changes, write_in_batches
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
@@ -49,6 +50,15 @@ class Registered(CredentialAnswer):
     issued_at: datetime
     name: str
     status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """A device of which something was changed; ``enforced`` is ``None`` if the broker had nothing to learn."""
+
+    device_id: str
+    enforced: bool | None = None
+    problem: str | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -182,63 +192,120 @@ class Registrations:
     ) -> None:
         """Change what is known of a device or application; ``topics`` as in a registration, left out to keep them.
 
-        A device without topics of its own has those of its group, if one sets some, else the default ones.
-
-        A ``profile``, by its name, counts from the next certificate on, as do other values that are in it. Raises
+        A device without topics of its own has those of its group, if one sets some, else the default ones. A
+        ``profile``, by its name, counts from the next certificate on, as do other values that are in it. Raises
         ``DeviceNotFound``, ``ApplicationNotFound``, ``StateConflict`` for one that is revoked, ``TopicRefused``,
         ``ProfileRefused``, ``GuardNeeded``, ``ExternalIdTaken``, ``InputInvalid`` if it would have too much metadata.
         """
-        now, tenant, checked = self._clock(), self._tenants.of(actor.tenant_id), None
-        if not isinstance(topics, EllipsisType):
-            checked = checked_topics(self._settings, tenant, topics, device_id, kind=kind)
-        generation, falls_back = 0, topics is not ... and checked is None
+        now, update = self._clock(), _Update(self._settings, self._tenants.of(actor.tenant_id), values, topics, kind)
+        update.check(device_id)
         with self._database.transaction() as tx:
-            group = _held_group(tx, actor.tenant_id, device_id) if falls_back else None
-            device = db.get_device(tx, actor.tenant_id, device_id, kind=kind, for_update=True)
-            if falls_back and topics_in_groups(tx, actor.tenant_id, device_id) != group:
-                raise StateConflict("The device's groups have been changed meanwhile; try again.")
-            if device.status is DeviceStatus.REVOKED:
-                raise StateConflict(f"The {kind} is revoked, which is final; register it again instead.")
-            columns = {name: value for name, value in values.items() if name not in ("profile", "metadata_changes")}
-            if values.get("external_id") not in (None, device.external_id):
-                if device.external_id is not None:  # whoever uploads it again must not make a second device
-                    raise StateConflict(
-                        "The device has an external_id already, which stays its own until it is revoked."
-                    )
-                audit.lock_audit_head(tx, actor.tenant_id)  # so that nobody else takes it meanwhile
-                check_external_id(tx, actor.tenant_id, values["external_id"])
-            if "metadata_changes" in values:
-                columns["metadata"] = _merged(device.metadata, values["metadata_changes"])
-            if "profile" in values:
-                columns["profile_id"] = hold_profile(tx, actor.tenant_id, values["profile"])
-            update_device(tx, actor.tenant_id, device_id, {**columns, "updated_at": now})
-            if topics is not ...:
-                generation = db.next_generation(tx, at=now)
-                if group is not None:
-                    checked = tuple(Topic(pattern, Access(access)) for pattern, access in group.pairs or ())
-                pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
-                narrowed = _reads_less(tenant, device_topics(tx, actor.tenant_id, device_id), checked)
-                db.replace_topics(
-                    tx,
-                    actor.tenant_id,
-                    device_id,
-                    pairs,
-                    generation=generation,
-                    narrowed=narrowed,
-                    group_id=None if group is None else group.id,
-                )
-            changed = sorted(values) + ([] if topics is ... else ["topics"])
-            to = {name: values[name] for name in ("profile", "external_id") if name in values}
-            audit.record(tx, actor, f"{kind}:update", device.name_in_audit, at=now, changed=changed, **to)
+            changes = Changes(tx, actor, now)
+            update.hold_groups(changes, [device_id])
+            generation = update.write(changes, device_id)
+            changes.end()
         if generation:
             self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
             self._reconciler.wait_for_restart()
 
+    def update_many(
+        self,
+        actor: Actor,
+        device_ids: Sequence[str],
+        values: Mapping[str, Any],
+        topics: Sequence[tuple[str, str]] | EllipsisType | None = ...,
+    ) -> Iterator[Updated | ActionRefused]:
+        """Change the same of many devices, with one reconciliation for all; yield an answer for each, in their order.
 
-def _held_group(tx: Connection, tenant_id: str, device_id: str) -> GroupRecord | None:
-    """Return the group whose topics a device without its own has, which nobody changes before the transaction ends."""
-    group = topics_in_groups(tx, tenant_id, device_id)
-    return None if group is None else groups.get_group(tx, tenant_id, group.name, for_update=True)
+        One that is refused keeps none of the others from it; to repeat it all does no harm. Raises ``TopicRefused``.
+        """
+        now = self._clock()
+        update = _Update(self._settings, self._tenants.of(actor.tenant_id), values, topics, ClientKind.DEVICE)
+        update.check(None)
+        written, refused = write_in_batches(
+            self._database, actor, now, device_ids, update.write, before=update.hold_groups
+        )
+        outcome = None
+        if newest := max(written.values(), default=0):
+            outcome = self._reconciler.apply(newest)
+            self._reconciler.wait_for_restart()
+        for device_id in device_ids:
+            if device_id in refused:
+                yield refused[device_id]
+            elif outcome is None:
+                yield Updated(device_id)
+            else:
+                enforced = outcome.covers(written[device_id])
+                yield Updated(device_id, enforced, None if enforced else outcome.problem)
+
+
+@dataclass(eq=False)
+class _Update:
+    """A change of what is known of devices: the same for each of them."""
+
+    settings: Settings
+    tenant: TenantTerms
+    values: Mapping[str, Any]
+    topics: Sequence[tuple[str, str]] | EllipsisType | None
+    kind: ClientKind
+    held: dict[str, GroupRecord | None] = field(default_factory=dict)
+
+    def check(self, device_id: str | None) -> tuple[Topic, ...] | None:
+        """Return the topics that a device, or with ``None`` any, would have as its own; raises ``TopicRefused``."""
+        if isinstance(self.topics, EllipsisType):
+            return None
+        return checked_topics(self.settings, self.tenant, self.topics, device_id, kind=self.kind)
+
+    def hold_groups(self, changes: Changes, device_ids: Sequence[str]) -> None:
+        """Keep others from changing the groups whose topics devices have that give up their own."""
+        if self.topics is ... or self.kind is ClientKind.APPLICATION:
+            return
+        found = {device_id: topics_in_groups(changes.tx, changes.tenant_id, device_id) for device_id in device_ids}
+        locked: dict[str, GroupRecord] = {}
+        for name in sorted({group.name for group in found.values() if group is not None}):
+            locked[name] = groups.get_group(changes.tx, changes.tenant_id, name, for_update=True)
+        self.held = {one: None if group is None else locked[group.name] for one, group in found.items()}
+
+    def write(self, changes: Changes, device_id: str) -> int:
+        """Write the change of a device; return the generation that the broker must reach, 0 if it need not learn of it.
+
+        Raises before anything is written.
+        """
+        tx, tenant_id, values, checked = changes.tx, changes.tenant_id, self.values, self.check(device_id)
+        device = db.get_device(tx, tenant_id, device_id, kind=self.kind, for_update=True)
+        if device.status is DeviceStatus.REVOKED:
+            raise StateConflict(f"The {self.kind} is revoked, which is final; register it again instead.")
+        group = self.held.get(device_id) if checked is None else None
+        if self.topics is not ... and checked is None and topics_in_groups(tx, tenant_id, device_id) != group:
+            raise StateConflict("The device's groups have been changed meanwhile; try again.")
+        columns = {name: value for name, value in values.items() if name not in ("profile", "metadata_changes")}
+        if values.get("external_id") not in (None, device.external_id):
+            if device.external_id is not None:  # whoever uploads it again must not make a second device
+                raise StateConflict("The device has an external_id already, which stays its own until it is revoked.")
+            audit.lock_audit_head(tx, tenant_id)  # so that nobody else takes it meanwhile
+            check_external_id(tx, tenant_id, values["external_id"])
+        if "metadata_changes" in values:
+            columns["metadata"] = _merged(device.metadata, values["metadata_changes"])
+        if "profile" in values:
+            columns["profile_id"] = hold_profile(tx, tenant_id, values["profile"])
+        update_device(tx, tenant_id, device_id, {**columns, "updated_at": changes.now})
+        generation = 0 if self.topics is ... else self._write_topics(changes, device_id, checked, group)
+        changed = sorted(values) + ([] if self.topics is ... else ["topics"])
+        to = {name: values[name] for name in ("profile", "external_id") if name in values}
+        changes.record(f"{self.kind}:update", device.name_in_audit, changed=changed, **to)
+        return generation
+
+    def _write_topics(
+        self, changes: Changes, device_id: str, checked: Sequence[Topic] | None, group: GroupRecord | None
+    ) -> int:
+        tx, tenant_id, generation = changes.tx, changes.tenant_id, changes.generation()
+        if group is not None:
+            checked = [Topic(pattern, Access(access)) for pattern, access in group.pairs or ()]
+        pairs = None if checked is None else [(topic.filter, topic.access) for topic in checked]
+        narrowed = _reads_less(self.tenant, device_topics(tx, tenant_id, device_id), checked)
+        of_group = None if group is None else group.id
+        db.replace_topics(tx, tenant_id, device_id, pairs, generation=generation, narrowed=narrowed, group_id=of_group)
+        return generation
 
 
 def _merged(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 import db
 from config import Settings
 from core import metrics
-from core.errors import AttestationRefused, StateConflict
+from core.errors import AttestationRefused, Conflict, InputInvalid, NotFound, StateConflict
 from core.failpoints import failpoint
 from core.states import ClientKind, DeviceStatus, check_renewal
 from core.topics import Access, Topic
@@ -26,6 +26,7 @@ from store.devices import DeviceRecord
 from workflows.admission import Issuance, record_issuances
 from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, DeviceAttestations
 from workflows.attestation.evidence import ShownEvidence
+from workflows.changes import ActionRefused
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
@@ -109,13 +110,54 @@ class Renewals:
         or asks too early or too late, ``InputInvalid`` (``CsrInvalid``, ``ProfileRefused``), ``NameInUse``,
         ``IdempotencyConflict``, ``Unavailable``.
         """
+        answer, generation = self._renew_once(actor, device_id, renewal, idempotency_key, shown=shown, kind=kind)
+        return self._release(actor, answer, generation)
+
+    def renew_many(
+        self, actor: Actor, device_ids: Sequence[str], renewal: RenewalRequest, idempotency_key: str | None
+    ) -> Iterator[Renewed | ActionRefused]:
+        """Give many devices a new certificate, each for a key that the portal makes; yield an answer for each.
+
+        With one ``idempotency_key`` within 24 hours each device is renewed once, whichever others are renewed with it.
+        The broker learns at once of all that has ended. One that is refused keeps none of the others from it.
+        """
+        done: dict[str, Renewed | ActionRefused] = {}
+        generations: dict[str, int] = {}
+        for device_id in sorted(set(device_ids)):
+            key = None if idempotency_key is None else f"{idempotency_key} {device_id}"
+            try:
+                done[device_id], generations[device_id] = self._renew_once(actor, device_id, renewal, key)
+            except (NotFound, Conflict, InputInvalid) as error:
+                done[device_id] = ActionRefused(device_id, error)
+        ended = {one for one, answer in done.items() if isinstance(answer, Renewed) and answer.ended}
+        if newest := max((generations[one] for one in ended), default=0):
+            outcome = self._reconciler.apply(newest)
+            for device_id in ended:
+                answer = done[device_id]
+                if isinstance(answer, Renewed) and not outcome.covers(generations[device_id]):
+                    done[device_id] = dataclasses.replace(answer, problem=outcome.problem)
+        elif any(generations.values()):
+            self._reconciler.wake()
+        for device_id in device_ids:
+            yield done[device_id]
+
+    def _renew_once(
+        self,
+        actor: Actor,
+        device_id: str,
+        renewal: RenewalRequest,
+        idempotency_key: str | None,
+        *,
+        shown: str | None = None,
+        kind: ClientKind = ClientKind.DEVICE,
+    ) -> tuple[Renewed, int]:
+        """Write a renewal, or find what its idempotency key has made; returns the answer and its generation."""
         sealed = self._answers.seal(actor, idempotency_key, renewal.canonical(device_id))
-        answer, generation = self._answers.once(
+        return self._answers.once(
             sealed,
             Renewed.from_json,
             lambda: self._renew(actor, device_id, renewal, sealed, shown=shown, kind=kind)[:2],
         )
-        return self._release(actor, answer, generation)
 
     def renew_with_key(
         self, actor: Actor, device_id: str, key_type: str, *, shown: str, when_used: bool = False

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Generic, TypeVar
@@ -15,26 +15,25 @@ from sqlalchemy.engine import Connection
 
 import db
 from core import metrics
-from core.errors import DeviceNotFound, StateConflict
+from core.errors import StateConflict
 from core.failpoints import failpoint
 from core.states import ClientKind, DeviceStatus, advance
 from pki.issuers import Reason
-from store import audit, devices
+from store import devices
 from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceRecord
 from store.quotas import count_clients
 from workflows import events
+from workflows.changes import ActionRefused, Changes, write_in_batches
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.revocation")
 
-AT_ONCE = 100  # devices in one transaction, for which all others that write wait
-
 
 class Action(StrEnum):
-    """What can be done to many devices at once."""
+    """What can be done to the access of many devices at once."""
 
     REVOKE = "revoke"
     SUSPEND = "suspend"
@@ -50,7 +49,7 @@ class Revoked:
     reason: str
     enforced: bool = False
     problem: str | None = None
-    repeated: bool = False  # it was revoked before
+    repeated: bool = field(default=False, compare=False)  # it was revoked before
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +64,7 @@ class Suspended:
     suspended_at: datetime | None
     enforced: bool = False
     problem: str | None = None
-    repeated: bool = False  # it was so before
-
-
-@dataclass(frozen=True, slots=True)
-class ActionRefused:
-    """A device to which an action cannot be done, and why."""
-
-    device_id: str
-    error: DeviceNotFound | StateConflict
+    repeated: bool = field(default=False, compare=False)  # it was so before
 
 
 _Answer = TypeVar("_Answer", bound=Revoked | Suspended)
@@ -89,39 +80,10 @@ class _Written(Generic[_A]):
     repeated: bool
 
 
-class _Changes:
-    """What a transaction changes: all of it has one generation, and its audit entries are written at its end."""
-
-    def __init__(self, tx: Connection, actor: Actor, now: datetime) -> None:
-        self.tx, self.actor, self.now = tx, actor, now
-        self._generation: int | None = None
-        self._acts: list[tuple[str, str, dict[str, str]]] = []
-
-    @property
-    def tenant_id(self) -> str:
-        """The tenant whose devices are changed."""
-        return self.actor.tenant_id
-
-    def generation(self) -> int:
-        """Return the generation of the changes; the first call advances that which the broker must reach."""
-        if self._generation is None:
-            self._generation = db.next_generation(self.tx, at=self.now)
-        return self._generation
-
-    def record(self, action: str, of: str, **detail: str) -> None:
-        """Add an entry for the audit record."""
-        self._acts.append((action, of, detail))
-
-    def end(self) -> None:
-        """Write the audit entries: from here to the end of the transaction, others that write some wait."""
-        if self._acts:
-            audit.record_all(self.tx, self.actor, self._acts, at=self.now)
-
-
 def _alone(
-    tx: Connection, actor: Actor, now: datetime, change: Callable[[_Changes], _Written[_Answer]]
+    tx: Connection, actor: Actor, now: datetime, change: Callable[[Changes], _Written[_Answer]]
 ) -> _Written[_Answer]:
-    changes = _Changes(tx, actor, now)
+    changes = Changes(tx, actor, now)
     written = change(changes)
     changes.end()
     return written
@@ -187,21 +149,10 @@ class DeviceRevocations:
         One that is refused keeps none of the others from it. If the portal ends midway, the devices that were recorded
         are enforced at its next start; to repeat it all does no harm.
         """
-        started, now = time.monotonic(), self._clock()
-        written: dict[str, _Written[Revoked | Suspended]] = {}
-        refused: dict[str, ActionRefused] = {}
-        # In one order, so that two who name the same devices do not wait for each other.
-        ordered = sorted(set(device_ids))
-        for start in range(0, len(ordered), AT_ONCE):
-            with self._database.transaction() as tx:
-                changes = _Changes(tx, actor, now)
-                for device_id in ordered[start : start + AT_ONCE]:
-                    try:
-                        written[device_id] = _WRITERS[action](changes, device_id, reason)
-                    except (DeviceNotFound, StateConflict) as error:  # raised before anything is written
-                        refused[device_id] = ActionRefused(device_id, error)
-                changes.end()
-            failpoint("actions.after_commit")
+        started, now, writer = time.monotonic(), self._clock(), _WRITERS[action]
+        written, refused = write_in_batches(
+            self._database, actor, now, device_ids, lambda changes, device_id: writer(changes, device_id, reason)
+        )
         answers = dict(zip(written, self._enforced([*written.values()]), strict=True))
         if action is Action.RESUME:
             self._reconciler.crls.take_off()
@@ -233,7 +184,7 @@ class DeviceRevocations:
 # --- In a transaction: each raises before it writes anything ---------------------------------------------------------
 
 
-def _revoke(changes: _Changes, device_id: str, reason: str, kind: ClientKind = ClientKind.DEVICE) -> _Written[Revoked]:
+def _revoke(changes: Changes, device_id: str, reason: str, kind: ClientKind = ClientKind.DEVICE) -> _Written[Revoked]:
     tx, now = changes.tx, changes.now
     device = db.get_device(tx, changes.tenant_id, device_id, kind=kind, for_update=True)
     if device.status is DeviceStatus.REVOKED:
@@ -247,7 +198,7 @@ def _revoke(changes: _Changes, device_id: str, reason: str, kind: ClientKind = C
     return _Written(Revoked(device_id, now, reason), generation, repeated=False)
 
 
-def _revoked_again(changes: _Changes, device: DeviceRecord, reason: str) -> _Written[Revoked]:
+def _revoked_again(changes: Changes, device: DeviceRecord, reason: str) -> _Written[Revoked]:
     """Keep what was recorded, but for a reason that is worse: whoever reads the CRL must learn of a stolen key."""
     tx, now = changes.tx, changes.now
     at, before = device.revoked_at or now, device.revocation_reason or Reason.UNSPECIFIED
@@ -260,7 +211,7 @@ def _revoked_again(changes: _Changes, device: DeviceRecord, reason: str) -> _Wri
     return _Written(Revoked(device.id, at, reason), generation, repeated=True)
 
 
-def _suspend(changes: _Changes, device_id: str) -> _Written[Suspended]:
+def _suspend(changes: Changes, device_id: str) -> _Written[Suspended]:
     tx, now = changes.tx, changes.now
     device = db.get_device(tx, changes.tenant_id, device_id, for_update=True)
     generation, repeated = device.generation, device.status is DeviceStatus.SUSPENDED
@@ -274,7 +225,7 @@ def _suspend(changes: _Changes, device_id: str) -> _Written[Suspended]:
     return _Written(Suspended(device_id, DeviceStatus.SUSPENDED, since), generation, repeated)
 
 
-def _resume(changes: _Changes, device_id: str) -> _Written[Suspended]:
+def _resume(changes: Changes, device_id: str) -> _Written[Suspended]:
     tx, now = changes.tx, changes.now
     device = db.get_device(tx, changes.tenant_id, device_id, for_update=True)
     generation, repeated = device.generation, device.status is DeviceStatus.ACTIVE
@@ -289,7 +240,7 @@ def _resume(changes: _Changes, device_id: str) -> _Written[Suspended]:
     return _Written(Suspended(device_id, DeviceStatus.ACTIVE, None), generation, repeated)
 
 
-_Writer = Callable[[_Changes, str, str], _Written[Revoked | Suspended]]
+_Writer = Callable[[Changes, str, str], _Written[Revoked | Suspended]]
 _WRITERS: dict[Action, _Writer] = {
     Action.REVOKE: _revoke,
     Action.SUSPEND: lambda changes, device_id, _reason: _suspend(changes, device_id),

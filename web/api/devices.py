@@ -147,7 +147,8 @@ class RegisterAnswer(RegisteredAnswer, OfDevice):
     broker: Literal["pending"] | None = None
 
 
-def _of_changes(schema: dict[str, Any]) -> None:
+def of_changes(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema of a change that it has a field at least, and which do not go together."""
     schema["minProperties"] = 1
     if "metadata_changes" in schema["properties"]:
         both = {"required": ["metadata", "metadata_changes"]}
@@ -160,7 +161,7 @@ def _of_changes(schema: dict[str, Any]) -> None:
 class ChangesRequest(RequestModel):
     """Fields to change; those that are left out stay as they are."""
 
-    model_config = ConfigDict(json_schema_extra=_of_changes)
+    model_config = ConfigDict(json_schema_extra=of_changes)
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:

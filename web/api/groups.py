@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from core.roles import Permission
 from store.groups import GroupRecord
-from web.api.devices import ChangesRequest, SearchText, TopicModel, Topics, pairs
+from web.api.devices import ChangesRequest, SearchText, TopicModel, Topics, of_changes, pairs
 from web.api.fields import (
     Description,
     DeviceId,
@@ -83,13 +83,26 @@ class GroupRequest(RequestModel):
         return self
 
 
+def _of_patch(schema: dict[str, Any]) -> None:
+    of_changes(schema)
+    schema |= _NOT_BOTH
+
+
 class GroupPatch(ChangesRequest):
     """What to change of a group; null takes it away. Topics count at once, a life from the next certificate on."""
+
+    model_config = ConfigDict(json_schema_extra=_of_patch)
 
     description: Description = ""
     filter: SavedFilter | None = None
     topics: Topics | None = None
     validity_days: Days | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if self.filter is not None and (self.topics is not None or self.validity_days is not None):
+            raise ValueError("a filter goes with neither topics nor validity_days")
+        return self
 
 
 def _one_of_them(schema: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -10,19 +10,29 @@ from pydantic import ConfigDict, Field, model_validator
 from core.roles import Permission
 from pki.csr import read_csr
 from store.devices import DeviceFilter
-from web.api.devices import DeviceConditions, IssuedAnswer, OfDevice
+from web.api.devices import ChangesRequest, DeviceConditions, IssuedAnswer, OfDevice, Topics, pairs
 from web.api.fields import (
     BundleFormatName,
     BundlePassword,
     DeviceId,
+    Fingerprint,
+    GroupName,
+    Hex,
     KeyTypeName,
+    Metadata,
+    Place,
+    ProfileName,
     ReasonName,
+    ShortText,
     WholeNumber,
     given,
 )
 from web.api.routing import NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from workflows.changes import ActionRefused
+from workflows.devices import MOST_AT_ONCE, MOST_RENEWED
+from workflows.registration import Updated
 from workflows.renewal import RenewalRequest, Renewed
-from workflows.revocation import Action, ActionRefused, Revoked, Suspended
+from workflows.revocation import Action, Revoked, Suspended
 
 ROUTES = Routes("Devices")
 
@@ -189,31 +199,75 @@ class ActionFilter(DeviceConditions):
         return self
 
 
-def _ids_or_filter(schema: dict[str, Any]) -> None:
+class ManyRenewal(RequestModel):
+    """How to renew each of many devices, for which the portal makes a new key and bundle."""
+
+    key_type: KeyTypeName | None = None
+    validity_days: Annotated[int, Field(ge=1, le=36500), WholeNumber] | None = None
+    bundle_format: BundleFormatName | None = None
+    overlap_hours: Annotated[int, Field(ge=0, le=8760), WholeNumber] | None = None
+    revoke_previous: Literal["after_overlap", "when_used"] = "after_overlap"
+
+
+class ManyChanges(ChangesRequest):
+    """What to change of each of many devices; `topics: null` restores those of its group, or the default ones.
+
+    `metadata_changes` sets some keys, and removes those that are null. Groups are changed for all devices of a call or
+    for none.
+    """
+
+    type: ShortText = ""
+    location: Place = ""
+    firmware: ShortText = ""
+    metadata_changes: Metadata = Field(default_factory=dict)
+    topics: Topics | None = None
+    profile: ProfileName = "default"
+    add_to_group: GroupName = ""
+    remove_from_group: GroupName = ""
+
+
+def _of_action(schema: dict[str, Any]) -> None:
     schema["oneOf"] = [given("ids"), given("filter")]
+    renewal, changes = given("renewal"), given("changes")
+    others = {"properties": {"action": {"enum": ["revoke", "suspend", "resume"]}}}
+    schema["anyOf"] = [
+        {**others, "not": {"anyOf": [renewal, changes]}},
+        {"properties": {"action": {"const": "renew"}}, "not": changes},
+        {"properties": {"action": {"const": "update"}}, "not": renewal, "allOf": [changes]},
+    ]
 
 
 class ActionRequest(RequestModel):
-    """What to do to which devices: those of `ids`, or all that `filter` finds now. `reason` is for `revoke`."""
+    """What to do to which devices: those of `ids`, or all that `filter` finds now.
 
-    model_config = ConfigDict(json_schema_extra=_ids_or_filter)
+    `reason` is for `revoke`, `renewal` for `renew`, `changes` are for `update`. Groups of a change are changed first.
+    """
 
-    action: Literal["revoke", "suspend", "resume"]
+    model_config = ConfigDict(json_schema_extra=_of_action)
+
+    action: Literal["revoke", "suspend", "resume", "renew", "update"]
     ids: Annotated[list[DeviceId], Field(min_length=1, max_length=1000)] | None = None
     filter: ActionFilter | None = None
     reason: ReasonName = "unspecified"
+    renewal: ManyRenewal | None = None
+    changes: ManyChanges | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if (self.ids is None) == (self.filter is None):
             raise ValueError("give either ids or a filter")
+        if (self.changes is not None) != (self.action == "update"):
+            raise ValueError("changes go with the action update, and with no other")
+        if self.renewal is not None and self.action != "renew":
+            raise ValueError("renewal goes with the action renew alone")
         return self
 
 
 class ActionAnswer(AnswerModel):
     """A device as it is now, with what the broker was seen to do, or in `code` and `detail` why it is as it was.
 
-    `repeated` is there, and true, for one that was revoked, suspended or active before, as was asked for.
+    `repeated` is there, and true, for one that was revoked, suspended or active before, as was asked for. A renewal
+    has the new certificate's dates, and the link and the bundle password, which nobody is told again.
     """
 
     device_id: DeviceId
@@ -221,6 +275,15 @@ class ActionAnswer(AnswerModel):
     revoked_at: Timestamp | None = None
     reason: str | None = None
     suspended_at: Timestamp | None = None
+    name: str | None = None
+    fingerprint: Fingerprint | None = None
+    serial_number: Hex | None = None
+    issued_at: Timestamp | None = None
+    expires_at: Timestamp | None = None
+    previous_valid_until: Timestamp | None = None
+    download_url: str | None = None
+    download_expires_at: Timestamp | None = None
+    bundle_password: str | None = None
     broker: Literal["enforced", "pending"] | None = None
     broker_problem: str | None = None
     repeated: Literal[True] | None = None
@@ -233,30 +296,76 @@ class ActionAnswer(AnswerModel):
     "/devices/actions",
     Permission.CHANGE,
     Answers(
-        "One line for each device, once the broker was seen to obey or has failed to; to repeat it does no harm",
+        "One line for each device, once the broker was seen to obey or has failed to; to repeat it does no harm, a"
+        " renewal with the same `Idempotency-Key`",
         model=ActionAnswer,
         media_type=NDJSON,
     ),
-    errors=(404,),
+    errors=(404, 409),
+    idempotency_key=True,
 )
 def act_on_devices(call: Call, body: ActionRequest) -> Reply:
-    """Revoke, suspend or resume many devices, which the broker learns at once."""
-    device_ids = body.ids or []
+    """Revoke, suspend, resume, renew or update many devices, which the broker learns at once."""
+    device_ids: Sequence[str] = body.ids or []
     if body.filter is not None:
-        device_ids = call.portal.inventory.found(call.actor.tenant_id, DeviceFilter(**body.filter.model_dump()))
-    answers = call.portal.revocations.act(call.actor, Action(body.action), device_ids, body.reason)
-    return Reply(content=_lines(answers), media_type=NDJSON)
+        most = MOST_RENEWED if body.action == "renew" else MOST_AT_ONCE
+        found = DeviceFilter(**body.filter.model_dump())
+        device_ids = call.portal.inventory.found(call.actor.tenant_id, found, most=most)
+    if body.action == "renew":
+        renewal = renewal_of(RenewRequest(**(body.renewal or ManyRenewal()).model_dump()))
+        answers = call.portal.renewals.renew_many(call.actor, device_ids, renewal, call.idempotency_key)
+        return _lines(_renewed_answer(answer) for answer in answers)
+    if body.changes is not None:
+        return _lines(_updated_answer(answer) for answer in _update_many(call, device_ids, body.changes))
+    acted = call.portal.revocations.act(call.actor, Action(body.action), device_ids, body.reason)
+    return _lines(_action_answer(answer) for answer in acted)
 
 
-def _lines(answers: Iterator[Revoked | Suspended | ActionRefused]) -> bytes:
-    models = (_action_answer(answer) for answer in answers)
-    return b"".join(model.model_dump_json(exclude_none=True).encode() + b"\n" for model in models)
+def _update_many(call: Call, device_ids: Sequence[str], changes: ManyChanges) -> Sequence[Updated | ActionRefused]:
+    """Change the groups of devices, of all or of none, and then the devices."""
+    outcomes = []
+    if changes.add_to_group:
+        outcomes.append(call.portal.groups.put(call.actor, changes.add_to_group, device_ids, ()))
+    if changes.remove_from_group:
+        outcomes.append(call.portal.groups.put(call.actor, changes.remove_from_group, (), device_ids))
+    values = changes.model_dump(exclude_unset=True, exclude={"topics", "add_to_group", "remove_from_group"})
+    topics = pairs(changes.topics) if "topics" in changes.model_fields_set else ...
+    answers: Sequence[Updated | ActionRefused] = [Updated(device_id) for device_id in device_ids]
+    if values or topics is not ...:
+        answers = list(call.portal.registrations.update_many(call.actor, device_ids, values, topics))
+    told = [one for one in outcomes if one.enforced is not None]
+    if told and topics is ...:  # else the later change has reached the broker, or has not, with the groups'
+        enforced, problem = all(one.enforced for one in told), next((one.problem for one in told if one.problem), None)
+        return [Updated(one.device_id, enforced, problem) if isinstance(one, Updated) else one for one in answers]
+    return answers
+
+
+def _lines(models: Iterable[ActionAnswer]) -> Reply:
+    content = b"".join(model.model_dump_json(exclude_none=True).encode() + b"\n" for model in models)
+    return Reply(content=content, media_type=NDJSON)
 
 
 def _action_answer(answer: Revoked | Suspended | ActionRefused) -> ActionAnswer:
     if isinstance(answer, ActionRefused):
-        return ActionAnswer.of(answer.error, device_id=answer.device_id)
+        return _refused(answer)
     status = "revoked" if isinstance(answer, Revoked) else answer.status
     broker = "enforced" if answer.enforced else "pending"
     repeated = True if answer.repeated else None
     return ActionAnswer.of(answer, status=status, broker=broker, broker_problem=answer.problem, repeated=repeated)
+
+
+def _renewed_answer(answer: Renewed | ActionRefused) -> ActionAnswer:
+    if isinstance(answer, ActionRefused):
+        return _refused(answer)
+    return ActionAnswer.of(answer, status="active", **state_of(answer))
+
+
+def _updated_answer(answer: Updated | ActionRefused) -> ActionAnswer:
+    if isinstance(answer, ActionRefused):
+        return _refused(answer)
+    broker = None if answer.enforced is None else "enforced" if answer.enforced else "pending"
+    return ActionAnswer.of(answer, broker=broker, broker_problem=answer.problem)
+
+
+def _refused(answer: ActionRefused) -> ActionAnswer:
+    return ActionAnswer.of(answer.error, device_id=answer.device_id)

@@ -166,7 +166,8 @@ def test_a_filter_has_no_members_and_sets_nothing(api: Api) -> None:
     device_id = api.register()["device_id"]
     added(api, "hall-1", filter={"location": "hall 1"})
     problem_of(api.post("/groups/hall-1/members", {"add": [device_id]}), 409, "state_conflict")
-    problem_of(api.patch("/groups/hall-1", {"validity_days": 9}), 422, "invalid_input")
+    problem_of(api.patch("/groups/hall-1", {"validity_days": 9}), 409, "state_conflict")
+    problem_of(api.patch("/groups/hall-1", {"filter": {"type": "a"}, "topics": NEWS}), 422, "invalid_input")
     problem_of(api.post("/groups", {"name": "x", "filter": {"type": "a"}, "topics": NEWS}), 422, "invalid_input")
     added(api, "pilots", device_id)
     problem_of(api.patch("/groups/pilots", {"filter": {"type": "pump"}}), 409, "state_conflict")
