@@ -9,15 +9,11 @@ from typing import Any
 import click
 
 from commands.context import (
-    PROFILE,
     ProfileName,
     Remote,
     command,
-    metadata_from,
     option_group,
     paging_options,
-    topics_from,
-    warn_of_restart,
 )
 from commands.listing import COLUMNS, column, connection_in_words, lines_of, output_options
 from commands.names import GroupName, device_argument
@@ -256,67 +252,6 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
     if name.endswith("_at") or name in ("not_before", "renewable_from", "connected_since", "last_seen"):
         return moment(value)
     return text(value)
-
-
-@command(
-    "update",
-    examples=[
-        "portal update sensor-7 --firmware 1.5.0",
-        "portal update sensor-7 --topic 'devices/{id}/#:write' --topic devices/news:read",
-    ],
-)
-@device_argument()
-@click.option("--name", metavar="NAME", help="New name.")
-@click.option("--type", metavar="TYPE", help="New type.")
-@click.option("--location", metavar="PLACE", help="New location.")
-@click.option("--firmware", metavar="VERSION", help="New firmware version.")
-@click.option("--metadata", metavar="KEY=VALUE", multiple=True, help="Set a key of the metadata. Repeatable.")
-@click.option("--remove-metadata", metavar="KEY", multiple=True, help="Remove a key of the metadata. Repeatable.")
-@click.option("--no-metadata", is_flag=True, help="Remove all metadata, but for what --metadata sets.")
-@click.option("--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces all topics. Repeatable.")
-@click.option("--default-topics", is_flag=True, help="Restore the default topics.")
-@PROFILE
-@click.option("--external-id", metavar="TEXT", help="Your own id for the device, if it has none yet.")
-@click.option("--free-external-id", is_flag=True, help="Free the external id of a revoked device for its successor.")
-def update(
-    portal: Remote,
-    /,
-    device_id: str,
-    metadata: tuple[str, ...],
-    remove_metadata: tuple[str, ...],
-    no_metadata: bool,
-    topics: tuple[str, ...],
-    default_topics: bool,
-    free_external_id: bool,
-    **values: str | None,
-) -> None:
-    """Change a device's description or topics.
-
-    A new profile, and new values that names in the certificate are made of, count from the next certificate on: see
-    portal renew.
-    """
-    if remove_metadata and no_metadata:
-        raise click.UsageError("Use either --remove-metadata or --no-metadata.")
-    if topics and default_topics:
-        raise click.UsageError("Use either --topic or --default-topics.")
-    changes: dict[str, Any] = {field: value for field, value in values.items() if value is not None}
-    if no_metadata:
-        changes["metadata"] = metadata_from(metadata)
-    elif metadata or remove_metadata:
-        changes["metadata_changes"] = dict.fromkeys(remove_metadata) | metadata_from(metadata)
-    if topics or default_topics:
-        changes["topics"] = topics_from(topics) or None
-    if free_external_id and changes:
-        raise click.UsageError("Use --free-external-id alone.")
-    if free_external_id:
-        changes["external_id"] = None
-    if not changes:
-        raise click.UsageError("Nothing to change: use at least one of --name, --type, --location, --firmware, …")
-    device = portal.client.call("PATCH", f"/devices/{device_id}", body=changes).json()
-    changed = ", ".join(changes).replace("metadata_changes", "metadata")
-    show_client(portal, device, done=f"Changed {changed} of {device.get('name') or device_id}")
-    if "topics" in changes:
-        warn_of_restart(portal, device)
 
 
 @command("certificates", examples=["portal certificates sensor-7"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from commands.client import new_idempotency_key
 from commands.connection import STDIN
 from commands.context import YES, Remote, confirm, option_group, require_confirmable
 from commands.devices import filter_options
@@ -23,31 +24,30 @@ AT_ONCE = 1000  # devices that the portal takes in one call
 MAX_RESULTS = 64 << 20  # bytes of a file of results
 SHOWN = 10  # devices that a question names
 
-many_devices = option_group(
-    click.argument(
-        "devices",
-        metavar="[DEVICE]...",
-        nargs=-1,
-        type=DEVICE,
-        required=False,
-        help="Name, id, external id, or the beginning of the id; - for one a line on standard input.",
-    ),
-    filter_options,
-    click.option(
-        "--results",
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="FILE",
-        help="Write what became of each device to FILE (NDJSON); run the command again with FILE to finish it.",
-    ),
-    YES,
+devices_argument = click.argument(
+    "devices",
+    metavar="[DEVICE]...",
+    nargs=-1,
+    type=DEVICE,
+    required=False,
+    help="Name, id, external id, or the beginning of the id; - for one a line on standard input.",
 )
+RESULTS = click.option(
+    "--results",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write what became of each device to FILE (NDJSON); run the command again with FILE to finish it.",
+)
+many_devices = option_group(devices_argument, filter_options, RESULTS, YES)
 
 
 @dataclass(frozen=True, slots=True)
 class Act:
     """What is done: its name at the portal, as an order, while it is done, and when it is; with what else is sent.
 
-    ``status`` is that of a device to which it is done.
+    ``status`` is that of a device to which it is done, empty for what is done to devices of any status but revoked
+    ones. The portal takes ``at_once`` in one call. With ``is_kept`` each device has an idempotency key in the file of
+    results, and a repeat gets the same answer.
     """
 
     name: str
@@ -55,7 +55,9 @@ class Act:
     doing: str
     done: str
     status: str
-    more: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
+    at_once: int = AT_ONCE
+    is_kept: bool = False
 
 
 def single(portal: Remote, devices: Sequence[str], filters: Mapping[str, Any], results: Path | None) -> str | None:
@@ -86,8 +88,11 @@ def act_on_many(
     """
     outcome = _read_results(results, act)
     known = {} if results is not None and outcome and not devices and _no(filters) else _found(portal, devices, filters)
+    if not act.status and not devices:
+        known = {device_id: row for device_id, row in known.items() if row.get("status") != "revoked"}
+    key = {"idempotency_key": new_idempotency_key()} if act.is_kept else {}
     for device_id, row in known.items():
-        new = {"device_id": device_id, "name": row.get("name", ""), "action": act.name, "done": False}
+        new = {"device_id": device_id, "name": row.get("name", ""), "action": act.name, "done": False, **key}
         outcome.setdefault(device_id, new)
     waiting = [device_id for device_id, one in outcome.items() if not one["done"]]
     if not waiting:
@@ -97,12 +102,24 @@ def act_on_many(
     _ask(portal, act, [known.get(device_id) or outcome[device_id] for device_id in waiting], yes=yes)
     _write_results(results, outcome)
     with portal.out.progress(act.doing, len(waiting)) as advance:
-        for start in range(0, len(waiting), AT_ONCE):
-            part = waiting[start : start + AT_ONCE]
-            for answer in _answers(portal, act, part, advance):
-                outcome[str(answer["device_id"])] |= answer | {"done": answer.get("broker") == "enforced"}
+        for key_, part in _calls(act, waiting, outcome):
+            for answer in _answers(portal, act, part, key_, advance):
+                done = answer.get("code") is None and answer.get("broker") != "pending"
+                outcome[str(answer["device_id"])] |= answer | {"done": done}
             _write_results(results, outcome)
     _show(portal, act, [outcome[device_id] for device_id in waiting])
+
+
+def _calls(
+    act: Act, waiting: Sequence[str], outcome: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str | None, list[str]]]:
+    """Yield the devices of each call, with its idempotency key, which those of an earlier run have kept."""
+    by_key: dict[str | None, list[str]] = {}
+    for device_id in waiting:
+        by_key.setdefault(outcome[device_id].get("idempotency_key"), []).append(device_id)
+    for key, device_ids in by_key.items():
+        for start in range(0, len(device_ids), min(act.at_once, AT_ONCE)):
+            yield key, device_ids[start : start + min(act.at_once, AT_ONCE)]
 
 
 def _no(filters: Mapping[str, Any]) -> bool:
@@ -168,10 +185,11 @@ def _devices(number: int) -> str:
 
 
 def _answers(
-    portal: Remote, act: Act, device_ids: Sequence[str], advance: Callable[[], None]
+    portal: Remote, act: Act, device_ids: Sequence[str], key: str | None, advance: Callable[[], None]
 ) -> Iterator[dict[str, Any]]:
     body = {"action": act.name, "ids": device_ids, **act.more}
-    for line in portal.client.call("POST", "/devices/actions", body=body).body.splitlines():
+    headers = {} if key is None else {"Idempotency-Key": key}
+    for line in portal.client.call("POST", "/devices/actions", body=body, headers=headers).body.splitlines():
         try:
             answer = json.loads(line)
         except ValueError:

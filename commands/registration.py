@@ -1,4 +1,4 @@
-"""The commands that give a device a certificate: register and renew."""
+"""How a certificate is issued and delivered, and the command that registers a device."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ from commands.delivery import Password, fetch, show_files, summary, unpack_fetch
 from commands.errors import CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
 from commands.handover import show_handover
-from commands.names import device_argument
 from commands.output import Cell, moment, text
-from commands.times import OVERLAP, VALIDITY
+from commands.times import VALIDITY
 from commands.vocabulary import CA, CERTIFICATE, CHAIN, FILES, FORMATS, KEY_TYPES
 
 SAVED_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
@@ -118,29 +117,6 @@ def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ..
     given = {"metadata": metadata_from(metadata), "topics": topics_from(topics)}
     options |= {field: value for field, value in given.items() if value}
     issue(portal, Operation("/register", "Registering…", "Registered", "is registered"), options)
-
-
-@command(
-    "renew",
-    examples=[
-        "portal renew sensor-7 --out sensor-7-new",
-        "portal renew sensor-7 --csr sensor-7.csr --out sensor-7-new",
-        "portal renew sensor-7 --overlap 0",
-    ],
-)
-@device_argument()
-@OVERLAP
-@click.option("--when-used", is_flag=True, help="Revoke the old certificate once the new one has been used.")
-@issuing_options
-def renew(portal: Remote, /, device_id: str, when_used: bool, **options: Any) -> None:
-    """Issue a new certificate for a device.
-
-    The new certificate is valid at once. It is delivered in a bundle as after a registration, or issued for the
-    device's own CSR. The old certificate is revoked when the overlap ends, after 24 hours by default.
-    """
-    options["revoke_previous"] = "when_used" if when_used else None
-    path = f"/devices/{device_id}/renew"
-    issue(portal, Operation(path, "Renewing…", "Renewed", "is renewed", names_known=True), options)
 
 
 def issue(portal: Remote, operation: Operation, options: dict[str, Any]) -> None:

@@ -135,3 +135,104 @@ def test_programs_get_every_device(session: Session, stub: PortalStub) -> None:
     assert [(one["device_id"], one["status"], one["done"]) for one in shown["devices"]] == [
         (one, "suspended", True) for one in ids
     ]
+
+
+# --- Renew and update -------------------------------------------------------------------------------------------------
+
+
+def test_links_and_passwords_of_many_renewals_are_in_the_file_alone(session: Session, stub: PortalStub) -> None:
+    ids = [stub.add_device(f"pump-{number}") for number in range(3)]
+    stub.add_device("old", status="revoked")
+    options = ("--days", "9", "--overlap", "0", "--results", "renewed", "--yes")
+    result = session.run("renew", "--location", "Hall 2", "--expiring", "30d", *options)
+    assert result.exit_code == 0, result.output
+    [call] = stub.calls(*CALL)
+    assert call.body == {"action": "renew", "ids": ids, "renewal": {"validity_days": 9, "overlap_hours": 0}}
+    assert "secret of" not in result.output
+    assert "Renewed 3 of 3 devices" in result.stderr
+    assert "The links and bundle passwords are in renewed." in result.stderr
+    assert all(row["bundle_password"].startswith(f"secret of {one}") for one, row in recorded("renewed").items())
+    assert Path("renewed").stat().st_mode & 0o777 == 0o600
+
+
+def test_renewals_that_were_cut_off_are_repeated_with_their_keys(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(many, "AT_ONCE", 2)
+    ids = [stub.add_device(f"pump-{number}") for number in range(5)]
+    broken = Reply(200, b"{", breaks_off=True)
+    stub.replies[CALL] = [broken, broken, broken]
+    assert session.run("renew", *ids[:4], "--results", "renewed", "--yes").exit_code == 3
+    asked = {call.headers["Idempotency-Key"] for call in stub.calls(*CALL)}
+    assert asked == {row["idempotency_key"] for row in recorded("renewed").values()}
+    assert len(asked) == 1
+    assert session.run("renew", ids[4], "--results", "renewed", "--yes").exit_code == 0
+    keys = {one: row["bundle_password"].rpartition(" by ")[2] for one, row in recorded("renewed").items()}
+    assert {keys[one] for one in ids[:4]} == asked
+    assert keys[ids[4]] not in asked
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--yes",),
+        ("--results", "r", "--csr", "x"),
+        ("--results", "r", "--out", "x"),
+        ("--results", "r", "--password-out", "x"),
+    ],
+)
+def test_renewals_of_many_need_a_file_and_have_no_option_of_one(
+    session: Session, stub: PortalStub, words: tuple[str, ...]
+) -> None:
+    stub.add_device("pump-0")
+    assert (session.run("renew", "--type", "pump", *words).exit_code, stub.calls(*CALL)) == (2, [])
+
+
+def test_programs_get_the_passwords_of_many_renewals(session: Session, stub: PortalStub) -> None:
+    ids = [stub.add_device() for _ in range(2)]
+    shown = session.json("renew", *ids, "--yes")
+    assert all(one["bundle_password"].startswith("secret of") for one in shown["devices"])
+
+
+def test_devices_are_changed_where_they_fit(session: Session, stub: PortalStub) -> None:
+    ids = [stub.add_device(f"pump-{number}") for number in range(2)]
+    where = ("--where", "location=Hall 2", "--where", "metadata=site=north", "--group", "pilots")
+    to = ("--location", "Hall 3", "--metadata", "moved=2027", "--remove-metadata", "old", "--add-to-group", "hall-3")
+    result = session.run("update", *where, *to, "--yes")
+    assert result.exit_code == 0, result.output
+    query = {"location": "Hall 2", "metadata": "site=north", "group": "pilots"}
+    assert query.items() <= stub.requests[0].query.items()
+    changes = {"location": "Hall 3", "metadata_changes": {"old": None, "moved": "2027"}, "add_to_group": "hall-3"}
+    assert stub.calls(*CALL)[0].body == {"action": "update", "ids": ids, "changes": changes}
+    assert "Changed 2 of 2 devices" in result.stderr
+
+
+def test_people_are_told_what_will_be_changed(session: Session, stub: PortalStub) -> None:
+    ids = [stub.add_device(f"pump-{number}") for number in range(2)]
+    with terminal(session, "update", *ids, "--location", "x", "--metadata", "a=b", NO_COLOR="1", TERM="dumb") as seen:
+        seen.expect("Change location, metadata of 2 devices? [y/N]: ")
+        seen.type("n\n")
+        assert seen.end() == 1
+    assert stub.calls(*CALL) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--where", "colour=red", "--location", "x"),
+        ("--where", "type=pump"),
+        ("--where", "type=pump", "--name", "x"),
+        ("--where", "type=pump", "--external-id", "x"),
+        ("--where", "type=pump", "--no-metadata"),
+        ("pump", "--where", "type=pump", "--location", "x"),
+        ("--location", "x"),
+    ],
+)
+def test_what_cannot_be_changed_of_many_is_refused(session: Session, stub: PortalStub, words: tuple[str, ...]) -> None:
+    assert (session.run("update", *words, "--yes").exit_code, stub.requests) == (2, [])
+
+
+def test_one_device_is_put_into_a_group_without_a_question(session: Session, stub: PortalStub) -> None:
+    device_id = stub.add_device("pump-0")
+    assert session.run("update", "pump-0", "--add-to-group", "pilots").exit_code == 0
+    assert stub.calls(*CALL)[0].body["ids"] == [device_id]

@@ -284,13 +284,23 @@ class PortalStub:
         return Reply(body=answer | {"reason": reason, "broker": self.broker})
 
     def _act(self, request: Request) -> Reply:
-        lines = []
+        lines: list[dict[str, Any]] = []
+        action = request.body["action"]
         for device_id in request.body["ids"]:
             device = self.devices.get(device_id)
-            if device is None or device["status"] == "revoked" != request.body["action"] + "d":
+            if device is not None and action == "update":
+                device.update(request.body["changes"])
+                lines.append({"device_id": device_id})
+                continue
+            if device is not None and action == "renew" and device["status"] == "active":
+                password = f"secret of {device_id} by {request.headers['Idempotency-Key']}"
+                link = {"download_url": f"{self.url}/download/x", "bundle_password": password}
+                lines.append({"device_id": device_id, "status": "active", **link})
+                continue
+            if device is None or device["status"] == "revoked" != action + "d":
                 lines.append({"device_id": device_id, "code": "state_conflict", "detail": "The device cannot."})
                 continue
-            status = {"revoke": "revoked", "suspend": "suspended", "resume": "active"}[request.body["action"]]
+            status = {"revoke": "revoked", "suspend": "suspended", "resume": "active"}[action]
             before = {"repeated": True} if device["status"] == status else {}
             device["status"] = status
             lines.append({"device_id": device_id, "status": status, "broker": self.broker, **before})
