@@ -360,6 +360,33 @@ def test_a_sleeping_application_that_loses_topics_gets_none_of_their_messages_an
         assert shared.call("DELETE", f"/applications/{application.id}").json()["broker"] == "enforced"
 
 
+def test_topics_that_a_group_loses_are_refused_to_all_its_members_before_the_answer(shared: Deployment) -> None:
+    own, news = {"filter": "devices/{id}/#", "access": "readwrite"}, {"filter": "devices/news", "access": "read"}
+    members, other = [shared.onboard(f"member-{number}") for number in range(3)], shared.onboard("other")
+    assert shared.call("POST", "/groups", {"name": "readers", "topics": [own, news]}).status_code == 201
+    answer = shared.call("POST", "/groups/readers/members", {"add": [device.id for device in members]})
+    assert answer.json()["broker"] == "enforced", answer.text
+    clients = [device.client() for device in members]
+    assert {client.subscribe("devices/news") for client in clients} == {"Granted QoS 1"}
+    with_own = other.client()
+    assert with_own.subscribe("devices/news") == REFUSED
+    editor = shared.add_application("editor", "devices/news:write").client()
+    assert editor.publish("devices/news", b"before") == "Success"
+    assert [client.messages.get(timeout=30)[1] for client in clients] == [b"before"] * 3
+
+    assert shared.call("PATCH", "/groups/readers", {"topics": [own]}).json()["broker"] == "enforced"
+    assert editor.publish("devices/news", b"after") == "No matching subscribers"
+    for device, client in zip(members, clients, strict=True):
+        assert client.messages.empty()
+        client.close()
+        again = device.client()
+        assert again.subscribe("devices/news") == REFUSED
+        assert again.publish(f"devices/{device.id}/x") in GRANTED
+        again.close()
+    for client in (with_own, editor):
+        client.close()
+
+
 def test_the_programs_of_the_page_about_back_ends_get_what_devices_send(shared: Deployment) -> None:
     page = (ROOT / "docs" / "how-to" / "connect-your-back-end.md").read_text()
     [program] = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
