@@ -38,6 +38,7 @@ from web.api import (
     est,
     groups,
     lifecycle,
+    naming,
     operation,
     pki,
     problems,
@@ -186,6 +187,7 @@ def _answer(portal: Portal, route: Route, path: Mapping[str, str]) -> Response:
     g.actor = actor = routing.actor_of(portal, route, request, g.request_id)
     routing.check_permission(portal, route.permission, actor, f"{route.method} {route.path}")
     arguments = routing.read_arguments(route, request, path)
+    arguments |= naming.identify(portal, actor, request, path)
     call = Call(
         portal=portal,
         actor=actor,

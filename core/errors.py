@@ -26,7 +26,7 @@
         DeviceNotFound  ApplicationNotFound  LinkUnknown
       Conflict                            409
         StateConflict  ExternalIdTaken  IdempotencyConflict  KeyInUse  LastAdminToken  GuardNeeded
-        NameInUse  ProfileInUse  QuotaReached  GroupInUse  GroupsDisagree
+        NameInUse  ProfileInUse  QuotaReached  GroupInUse  GroupsDisagree  NameAmbiguous
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
@@ -321,6 +321,12 @@ class ProfileInUse(Conflict):
     """The certificate profile is that of devices, enrolment tokens or manufacturers, or its name is taken."""
 
     code = "profile_in_use"
+
+
+class NameAmbiguous(Conflict):
+    """Several devices or applications have the name, or an id that begins so."""
+
+    code = "name_ambiguous"
 
 
 class GroupInUse(Conflict):

@@ -25,6 +25,19 @@ _BY_NAME = _CANDIDATES.where(Device.name == sa.bindparam("text"))
 _BY_PREFIX = _CANDIDATES.where(Device.id >= sa.bindparam("text"), Device.id < sa.bindparam("end"))
 
 
+_ANY_KIND = (
+    sa.select(Device.id, Device.name, Device.external_id)
+    .where(Device.tenant_id == sa.bindparam("of_tenant"), Device.kind == sa.bindparam("of_kind"))
+    .order_by(Device.id)
+    .limit(MAX_CANDIDATES)
+)
+_IDENTIFIED = {
+    "name": _ANY_KIND.where(Device.name == sa.bindparam("text")),
+    "external_id": _ANY_KIND.where(Device.external_id == sa.bindparam("text")),
+    "id": _ANY_KIND.where(Device.id >= sa.bindparam("text"), Device.id < sa.bindparam("end")),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A device that a text may mean."""
@@ -51,3 +64,14 @@ def candidates(tx: Connection, tenant_id: str, text: str) -> list[Candidate]:
         span = {"of_tenant": tenant_id, "text": lowered, "end": lowered + "g"}  # g follows every hexadecimal digit
         found |= {row.id: Candidate(*row) for row in tx.execute(_BY_PREFIX, span)}
     return [found[device_id] for device_id in sorted(found)]
+
+
+def identified(tx: Connection, tenant_id: str, kind: ClientKind, by: str, text: str) -> list[Candidate]:
+    """Return the devices, or applications, with this ``name`` or ``external_id``, or whose ``id`` begins so.
+
+    There are ``MAX_CANDIDATES`` at most, by their ids; ``by`` says which of the three counts.
+    """
+    parameters = {"of_tenant": tenant_id, "of_kind": kind, "text": text}
+    if by == "id":
+        parameters["end"] = text + "g"  # which follows every hexadecimal digit
+    return [Candidate(*row) for row in tx.execute(_IDENTIFIED[by], parameters)]

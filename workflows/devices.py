@@ -18,7 +18,16 @@ import db
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.broker_control import ControlKind
-from core.errors import BrokerUnavailable, FieldProblem, GuardNeeded, InputInvalid, PortalError
+from core.errors import (
+    ApplicationNotFound,
+    BrokerUnavailable,
+    DeviceNotFound,
+    FieldProblem,
+    GuardNeeded,
+    InputInvalid,
+    NameAmbiguous,
+    PortalError,
+)
 from core.states import ClientKind, DeviceStatus, PresenceState
 from core.topics import Access, Topic, default_topics, is_device_id
 from store import certificates as store_certificates
@@ -74,6 +83,7 @@ class Page:
     groups: Mapping[str, Sequence[str]]
 
 
+MAX_TOLD = 10  # devices that an ambiguous name may mean
 MAX_NAME = 128  # characters of a device's name
 PAGE, MOST_AT_ONCE = 500, 10_000  # devices that one action is done to
 MOST_RENEWED = 1000  # for each of which a key is made, and a bundle encrypted
@@ -208,6 +218,23 @@ class Inventory:
             meant = [dataclasses.replace(inner, id=one.id) for one in references.candidates(tx, tenant_id, text)]
             found = [store_devices.list_devices(tx, tenant_id, one, limit=1).devices for one in meant]
             return self._page(tx, tenant, [device for one in found for device in one][:limit], contact, None)
+
+    def identified(self, tenant_id: str, kind: ClientKind, by: str, text: str) -> str:
+        """Return the id of the device, or application, with a ``name`` or ``external_id``, or whose ``id`` begins so.
+
+        Raises ``DeviceNotFound``, ``ApplicationNotFound``, and ``NameAmbiguous`` with those that may be meant.
+        """
+        with self._database.snapshot() as tx:
+            found = references.identified(tx, tenant_id, kind, by, text)
+        if len(found) == 1:
+            return found[0].id
+        words = {"name": "this name", "external_id": "this external_id", "id": "an id that begins so"}[by]
+        if not found:
+            missing = ApplicationNotFound if kind is ClientKind.APPLICATION else DeviceNotFound
+            raise missing(f"No {kind} has {words}; list them with GET /{kind}s.")
+        shown = [" ".join(filter(None, (one.id, one.name, one.external_id))) for one in found[:MAX_TOLD]]
+        more = " …" if len(found) > MAX_TOLD else ""
+        raise NameAmbiguous(f"Several {kind}s have {words} ({', '.join(shown)}{more}); use the id of one of them.")
 
     def crl(self, issuer_id: int) -> CrlRecord | None:
         """Return the newest CRL of an issuer, ``None`` before the first.

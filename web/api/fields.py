@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, get_args
 
@@ -23,6 +24,10 @@ _HIDDEN = r"\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2
 _TEXT = rf"^[^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?$"
 _TEXT_OR_NONE = rf"^([^\s{_HIDDEN}]([^{_HIDDEN}]*[^\s{_HIDDEN}])?)?$"
 UUID = "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+# In a path, in place of an id: its beginning, or - with the name in the query.
+REFERENCE = "^([0-9a-f]{4,8}|[0-9a-f]{8}-[0-9a-f-]{0,27}|-)$"
+BY_NAME = "-"
+_NAMES: Mapping[str, tuple[str, ...]] = {"{device_id}": ("name", "external_id"), "{application_id}": ("name",)}
 _PASSWORD = "^[ -~]{12,128}$"  # noqa: S105 - a pattern, not a password
 _CURSOR = "^Wy[IJ][A-Za-z0-9_-]{40,900}$"  # Base64 of a JSON list that begins with the name of an order
 _FINGERPRINT = "^[0-9a-f]{64}$"
@@ -223,3 +228,8 @@ NumericCursor = Annotated[str, Field(pattern=_NUMERIC_CURSOR)]
 def given(name: str) -> dict[str, Any]:
     """Return the JSON schema of an object in which a field is there and not null."""
     return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
+def names_in(path: str) -> tuple[str, ...]:
+    """Return the parameters of the query by which a path such as ``/devices/{device_id}`` names what it is about."""
+    return next((names for part, names in _NAMES.items() if part in path), ())

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from core.errors import NotFound
 from web.api import problems
+from web.api.fields import ExternalId, Name, names_in
 from web.api.problems import ProblemModel
 from web.api.routing import FORM, HTML, IDEMPOTENCY_KEY, JSON, PATH_PARTS, Answers, Route, RowBody
 
@@ -79,6 +80,16 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     ]
     if route.query is not None:
         parameters += _query_parameters(route.query, schemas)
+    parameters += [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": f"The {name}, with - in the place of the id; that may be shortened to 4 digits, too",
+            "schema": TypeAdapter(ExternalId if name == "external_id" else Name).json_schema(),
+        }
+        for name in names_in(route.path)
+    ]
     if route.idempotency_key:
         parameters.append(
             {
@@ -189,8 +200,10 @@ def _error_statuses(route: Route) -> set[int]:
         statuses |= {413, 415}
     if route.rows is not None:
         statuses |= {408, 413, 415, 422}
-    if route.query is not None or route.idempotency_key:
+    if route.query is not None or route.idempotency_key or names_in(route.path):
         statuses |= {422}
+    if names_in(route.path):
+        statuses |= {409}
     return statuses
 
 

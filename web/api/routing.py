@@ -37,7 +37,7 @@ from core.errors import (
 from core.roles import MAY, Permission
 from store import scope
 from store.audit import Actor
-from web.api.fields import PROFILE_NAME, UUID
+from web.api.fields import PROFILE_NAME, REFERENCE, names_in
 from web.api.proxies import client_address
 from web.api.sentences import in_words
 from workflows.operators import actor_with
@@ -266,8 +266,8 @@ _LONG_PARTS = ("request", "rest")
 _HEX = "^[0-9a-f]{16}$"
 # The variable parts of paths: the pattern, and what is raised for a part that does not match it.
 PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
-    "device_id": (UUID, DeviceNotFound, "No device has this id: ids are UUIDs in lower case."),
-    "application_id": (UUID, ApplicationNotFound, "No application has this id: ids are UUIDs in lower case."),
+    "device_id": (REFERENCE, DeviceNotFound, "No device has this id: ids are UUIDs in lower case."),
+    "application_id": (REFERENCE, ApplicationNotFound, "No application has this id: ids are UUIDs in lower case."),
     "token_id": (_HEX, NotFound, "No operator token has this id: ids are 16 hexadecimal digits."),
     "session_id": (_HEX, NotFound, "No session has this id; it may have ended."),
     "webhook_id": (_HEX, NotFound, "No webhook has this id: ids are 16 hexadecimal digits."),
@@ -385,7 +385,9 @@ def read_arguments(route: Route, request: Request, path: Mapping[str, str]) -> d
         read = _read_form if route.form else _read_json
         arguments["body"] = read(route.body, request, optional=route.body_optional)
     if route.query is not None:
-        arguments["query"] = read_fields(route.query, request.args)
+        names = names_in(route.path)
+        own = [(name, value) for name, value in request.args.items(multi=True) if name not in names]
+        arguments["query"] = read_fields(route.query, MultiDict(own))
     return arguments
 
 

@@ -124,6 +124,15 @@ def ca_pem() -> str:
     return Authority("A maker's CA").certificate.public_bytes(PEM).decode()
 
 
+def name_it(case: schemathesis.Case[Any]) -> None:
+    """Give a name where the path says that one follows, and nowhere else."""
+    for part in ("device_id", "application_id"):
+        if part in case.path_parameters:
+            case.query = {name: value for name, value in case.query.items() if name not in ("name", "external_id")}
+            if case.path_parameters[part] == "-":
+                case.query["name"] = "pump-1"
+
+
 def fit(case: schemathesis.Case[Any], there: There) -> None:
     """Change of a request that fits the schema what a schema cannot say: what exists, is signed, reaches no other."""
     number = next(there.numbers)
@@ -131,6 +140,7 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
         case.path_parameters.update({name: there.parts_of_paths[name] for name in case.path_parameters})
     if "Idempotency-Key" in case.headers and number % 5:
         case.headers["Idempotency-Key"] = f"the-key-of-request-{number}"
+    name_it(case)
     case.query.pop("cursor", None)
     if "confirm" in case.query:  # a name that has to be repeated
         case.query["confirm"] = case.path_parameters["tenant"]
