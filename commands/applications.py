@@ -6,22 +6,22 @@ from typing import Any
 
 import click
 
-from commands.completing import Listed
-from commands.context import YES, Id, Remote, command, group, paging_options, topics_from
+from commands.context import YES, Remote, command, group, paging_options, topics_from
 from commands.devices import seen, show_client, topics_in_words
 from commands.lifecycle import REASON, confirmed, say_whether_enforced, show_outcome
+from commands.names import ApplicationName
 from commands.output import moment, status_of, text
 from commands.registration import Operation, issue, issuing_options
 from commands.times import OVERLAP, Time
 
 ABOUT = "application_id"
 SHOW = "portal application show"
-APPLICATION_ID = Id(
-    "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
-    "use the full id, such as 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 (see: portal application list).",
-    Listed("/applications", "applications", "application_id", "name", {"limit": 200}),
+_ID = click.argument(
+    "application_id",
+    metavar="APPLICATION",
+    type=ApplicationName(),
+    help="Name, id, or the beginning of the id.",
 )
-_ID = click.argument("application_id", metavar="ID", type=APPLICATION_ID, help="The full application id.")
 
 
 @group("application")
@@ -103,7 +103,7 @@ def application_list(portal: Remote, /, limit: int, all_: bool, cursor: str | No
         portal.out.next_step("portal application add NAME --topic FILTER:ACCESS")
 
 
-@command("show", application, examples=["portal application show 0f9d2c4e-5b1a-4c7d-9e8f-102030405060"])
+@command("show", application, examples=["portal application show telemetry-store"])
 @_ID
 def application_show(portal: Remote, application_id: str) -> None:
     """Show an application: certificate, broker state, topics."""
@@ -114,8 +114,8 @@ def application_show(portal: Remote, application_id: str) -> None:
     "update",
     application,
     examples=[
-        "portal application update 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --topic 'devices/+/telemetry:read'",
-        "portal application update 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --name archive",
+        "portal application update telemetry-store --topic 'devices/+/telemetry:read'",
+        "portal application update telemetry-store --name archive",
     ],
 )
 @_ID
@@ -142,7 +142,7 @@ def application_update(portal: Remote, application_id: str, name: str | None, to
 @command(
     "renew",
     application,
-    examples=["portal application renew 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --out telemetry-store-new"],
+    examples=["portal application renew telemetry-store --out telemetry-store-new"],
 )
 @_ID
 @OVERLAP
@@ -156,7 +156,7 @@ def application_renew(portal: Remote, /, application_id: str, **options: Any) ->
 @command(
     "revoke",
     application,
-    examples=["portal application revoke 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --reason key_compromise --yes"],
+    examples=["portal application revoke telemetry-store --reason key_compromise --yes"],
 )
 @_ID
 @REASON

@@ -19,7 +19,7 @@ from commands.completing import Listed, saved_names, saved_tenants
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CheckFailed, CliError, Unreachable
 from commands.files import ReservedFile
-from commands.names import DeviceName, find_device
+from commands.names import DeviceName
 from commands.output import Cell, Output
 from onboarding_portal import VERSION
 
@@ -109,7 +109,7 @@ class Command(click.Command):
         try:
             for param in self.params:
                 if isinstance(param.type, DeviceName) and isinstance(text := ctx.params.get(param.name or ""), str):
-                    ctx.params[str(param.name)] = find_device(ctx.obj.client, text)
+                    ctx.params[str(param.name)] = param.type.find(ctx.obj.client, text)
             return super().invoke(ctx)
         except CliError as error:
             ctx.obj.out.error(error, options=_options_of_fields(self))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_NAME = 128  # characters of a name and of an external id
 MAX_SHOWN = 10  # devices that an ambiguous name may mean
 _TOLD = ("device_id", "name", "external_id", "location", "status")
+_PREFIX = re.compile("[0-9a-f]{4,8}|[0-9a-f]{8}-[0-9a-f-]{0,27}")
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -34,12 +35,40 @@ class DeviceName(click.ParamType[str]):
             self.fail("use the name, the id or the external id of a device (see: portal list).", param, ctx)
         return text
 
+    def find(self, client: Client, text: str) -> str:
+        """Return the id of what is called so; raises ``CliError``."""
+        return find_device(client, text)
+
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the ids and names that the portal lists and that begin so."""
         return self.listed.starting_with_either(ctx, incomplete)
 
 
 DEVICE = DeviceName()
+
+
+class ApplicationName(DeviceName):
+    """What an application is called. A command with such a parameter gets the id, once it is invoked."""
+
+    name = "application"
+    listed = Listed("/applications", "applications", "application_id", "name", {"limit": 200})
+
+    def find(self, client: Client, text: str) -> str:
+        """Return the id of the application that is called so; raises ``Refused`` if there is none, or more than one.
+
+        A name comes before an id that begins so.
+        """
+        if (known := whole_id(text)) is not None:
+            return known
+        answer = client.call("GET", "/applications/-", params={"name": text}, accept=(404,))
+        if answer.status == 404 and _PREFIX.fullmatch(text.lower()):
+            answer = client.call("GET", f"/applications/{text.lower()}")
+        elif answer.status == 404:
+            raise client.refusal(answer)
+        found = str(answer.json().get("application_id"))
+        if whole_id(found) is None:
+            raise CheckFailed("The portal's answer about an application cannot be read; its version may differ.")
+        return found
 
 
 class GroupName(click.ParamType[str]):

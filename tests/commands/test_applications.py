@@ -88,3 +88,18 @@ def test_a_revocation_gives_the_reason_and_says_whether_it_is_enforced(
     assert stub.calls("DELETE", PATH)[0].query == {"reason": "key_compromise"}
     assert f"application_id\t{ID}" in result.stdout
     assert ("the application may still be connected" in result.stderr) is warned
+
+
+def test_an_application_is_called_by_its_name_or_the_beginning_of_its_id(session: Session, stub: PortalStub) -> None:
+    stub.replies["GET", PATH] = Reply(body=APPLICATION)
+    stub.replies["GET", "/applications/-"] = Reply(body=APPLICATION)
+    assert session.json("application", "show", "store")["application_id"] == ID
+    assert stub.calls("GET", "/applications/-")[0].query == {"name": "store"}
+    stub.replies["GET", "/applications/-"] = problem(404, "application_not_found", "No application has this name.")
+    stub.replies["GET", f"/applications/{ID[:8]}"] = Reply(body=APPLICATION)
+    assert session.json("application", "show", ID[:8])["application_id"] == ID
+    result = session.run("application", "show", "nobody")
+    assert (result.exit_code, "No application has this name." in result.stderr) == (1, True)
+    stub.replies["GET", "/applications/-"] = problem(409, "name_ambiguous", f"Several applications ({ID}).")
+    assert ID in session.run("application", "revoke", "store", "--yes").stderr
+    assert stub.calls("DELETE", PATH) == []
