@@ -100,11 +100,11 @@ def given_fields(options: dict[str, Any]) -> dict[str, Any]:
     if "key_types" in fields:
         fields["key_types"] = list(fields["key_types"])
     if "attestation" in fields:
-        fields["attestation"] = _policy(fields["attestation"])
+        fields["attestation"] = policy_from(fields["attestation"])
     return fields
 
 
-def _policy(path: str) -> dict[str, Any]:
+def policy_from(path: str) -> dict[str, Any]:
     """Read an appraisal policy; an anchor that is not PEM is the name of a file beside that of the policy."""
     try:
         policy = json.loads(read_input(path))
@@ -219,7 +219,7 @@ def enrolment_update(portal: Remote, token_id: str, attestation: str) -> None:
     What is known of devices that have enrolled with it is appraised again: portal list --attested outdated shows those
     that would be refused now.
     """
-    body = {"attestation": _policy(attestation)}
+    body = {"attestation": policy_from(attestation)}
     answer = portal.client.call("PATCH", f"/enrolment-tokens/{token_id}", body=body).json()
     fields = {name: text(answer.get(name)) for name in ("enrolment_token_id", "name")} | profile_cells(answer)
     portal.out.result(answer, fields, done=f"Changed the enrolment token {answer.get('name') or token_id}")

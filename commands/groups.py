@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from commands.context import YES, ProfileName, Remote, command, confirm, option_group, topics_from
+from commands.context import group as command_group
 from commands.devices import STATUSES, VERDICTS, topics_in_words
+from commands.enrolment import ATTESTATION_HELP, policy_from
 from commands.many import AT_ONCE, named_devices
 from commands.names import DEVICE, GroupName
 from commands.output import Cell, text
@@ -38,7 +40,7 @@ saved_filter_options = option_group(
 )
 
 
-@click.group("group")
+@command_group("group")
 def group() -> None:
     """Groups of devices: list, show, add, update, members, remove."""
 
@@ -125,6 +127,8 @@ def group_add(
 @click.option("--no-topics", is_flag=True, help="Set no topics any more: members have the default ones.")
 @VALIDITY
 @click.option("--no-validity", is_flag=True, help="Set no life of certificates any more.")
+@click.option("--attestation", metavar="FILE", help=ATTESTATION_HELP)
+@click.option("--no-attestation", is_flag=True, help="Set no appraisal policy any more.")
 @saved_filter_options
 def group_update(
     portal: Remote,
@@ -135,18 +139,22 @@ def group_update(
     no_topics: bool,
     validity_days: int | None,
     no_validity: bool,
+    attestation: str | None,
+    no_attestation: bool,
     **conditions: str | None,
 ) -> None:
     """Change a group.
 
     Conditions replace those that it has. Members have other topics at once; what they lose is refused by the broker.
     """
-    if (topics and no_topics) or (validity_days and no_validity):
+    if (topics and no_topics) or (validity_days and no_validity) or (attestation and no_attestation):
         raise click.UsageError("Use an option or the one that takes it away, not both.")
     changes: dict[str, Any] = _given({"description": description, "validity_days": validity_days})
     changes |= {"filter": _given(conditions)} if _given(conditions) else {}
     changes |= {"topics": topics_from(topics) or None} if topics or no_topics else {}
     changes |= {"validity_days": None} if no_validity else {}
+    if attestation or no_attestation:
+        changes["attestation"] = policy_from(attestation) if attestation else None
     if not changes:
         raise click.UsageError("Nothing to change: use at least one of --description, --topic, --validity, …")
     with portal.out.working("Changing; waiting for the broker…"):
@@ -222,6 +230,10 @@ def _show(portal: Remote, answer: dict[str, Any], *, done: str = "") -> None:
     for index, topic in enumerate(topics_in_words(answer)):
         fields[f"topics.{index}"] = Cell(topic)
     fields["validity_days"] = text(answer.get("validity_days"))
+    if isinstance(policy := answer.get("attestation"), dict):
+        fields["attestation"] = text(
+            f"{policy.get('mode')}, version {policy.get('version')}, {policy.get('policy_id')}"
+        )
     portal.out.result(answer, fields, done=done)
 
 

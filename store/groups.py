@@ -84,6 +84,12 @@ def groups_of_device(tx: Connection, tenant_id: str, device_id: str) -> Sequence
     return [GroupRecord(*row) for row in rows]
 
 
+def policy_of(tx: Connection, tenant_id: str, device_id: str) -> str | None:
+    """Return the id of the appraisal policy that a group of a device sets, ``None`` if none does."""
+    found = (one.attestation_policy_id for one in groups_of_device(tx, tenant_id, device_id))
+    return next((policy_id for policy_id in found if policy_id is not None), None)
+
+
 def group_names_of(tx: Connection, tenant_id: str, device_ids: Collection[str]) -> dict[str, list[str]]:
     """Return the names of the groups that devices are members of, by device, in alphabetical order."""
     found: dict[str, list[str]] = {}

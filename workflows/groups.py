@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import EllipsisType
 from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection
@@ -22,6 +23,7 @@ from config import Settings
 from core.errors import (
     DeviceNotFound,
     FieldProblem,
+    Forbidden,
     GroupInUse,
     GroupsDisagree,
     InputInvalid,
@@ -29,6 +31,7 @@ from core.errors import (
     StateConflict,
 )
 from core.failpoints import failpoint
+from core.roles import MAY, Permission
 from core.topics import Access, Topic, default_topics, reads_less
 from pki.profiles import CertificateTerms
 from store import audit, groups
@@ -38,6 +41,7 @@ from store.devices import DeviceFilter
 from store.groups import GroupRecord
 from workflows import events
 from workflows.admission import checked_topics
+from workflows.attestation.policies import PolicyRequest, check_policy, in_audit, set_policy
 from workflows.credentials import CredentialRequest
 from workflows.events import EventType
 from workflows.reconciliation import Reconciler
@@ -46,7 +50,11 @@ from workflows.tenants import TenantDirectory, TenantTerms
 MAX_GROUPS = 1000  # of a tenant
 MAX_MEMBERS = 10_000  # of a group: what one transaction can change without others waiting for long
 CHANGED_AT_ONCE = 1000  # members, each of which is a parameter of a statement
-SET_FOR_MEMBERS = {"topics": "topics", "validity_days": "the life of certificates"}
+SET_FOR_MEMBERS = {
+    "topics": "topics",
+    "validity_days": "the life of certificates",
+    "attestation_policy_id": "an appraisal policy",
+}
 Pairs = Sequence[tuple[str, str]]
 _Request = TypeVar("_Request", bound=CredentialRequest)
 
@@ -117,18 +125,33 @@ class Groups:
             raise GroupInUse(f"There is a group {name} already; choose another name.") from None
         return record
 
-    def update(self, actor: Actor, name: str, changes: Mapping[str, Any]) -> GroupChanged:
+    def update(
+        self, actor: Actor, name: str, changes: Mapping[str, Any], policy: PolicyRequest | EllipsisType | None = ...
+    ) -> GroupChanged:
         """Change what a group says, by the names of its fields; the answer comes once the broker obeys.
+
+        ``policy`` is left out to keep the appraisal policy, ``None`` to have none; it takes an admin.
 
         Its members that have no topics of their own have other topics from the commit on, all at one generation. Raises
         ``NotFound``, ``TopicRefused``, ``StateConflict`` for a filter of a group with members or that sets something,
         ``GroupsDisagree`` if a member is in another group that sets the same.
         """
         now, tenant, generation = self._clock(), self._tenants.of(actor.tenant_id), 0
+        if isinstance(policy, PolicyRequest):
+            check_policy(actor, policy, now=now)
+        elif policy is None:
+            _check_admin(actor)
         if "topics" in changes:
             changes = {**changes, "topics": self._checked(tenant, changes["topics"])}
         with self._database.transaction() as tx:
             before = groups.get_group(tx, tenant.id, name, for_update=True)
+            told = {field: changes[field] for field in sorted(changes)}
+            if not isinstance(policy, EllipsisType):
+                of_group = (
+                    None if policy is None else set_policy(tx, actor, before.attestation_policy_id, policy, now=now)
+                )
+                changes = {**changes, "attestation_policy_id": of_group}
+                told |= in_audit(policy, now=now) or {"attestation": None}
             group = dataclasses.replace(before, **changes, updated_at=now)
             _check_filter(group)
             if group.filter is not None and group.members:
@@ -143,7 +166,7 @@ class Groups:
                 narrowed = _reads_less(tenant, before.pairs, group.pairs)
                 change = groups.take_topics if group.pairs is None else groups.give_topics
                 change(tx, group, among=None, generation=generation, narrowed=narrowed, at=now)
-            _record(tx, actor, "group:update", name, now, **{field: changes[field] for field in sorted(changes)})
+            _record(tx, actor, "group:update", name, now, **told)
         return self._enforced(GroupChanged(group), generation)
 
     def change_members(
@@ -159,6 +182,8 @@ class Groups:
             group = groups.get_group(tx, tenant.id, name, for_update=True)
             if group.filter is not None:
                 raise StateConflict(f"Who is in the group {name} follows from its filter; change that.")
+            if group.attestation_policy_id is not None:
+                _check_admin(actor)
             created = groups.lock_devices(tx, tenant.id, {*add, *remove})
             for device_id in sorted({*add, *remove} - set(created)):
                 raise DeviceNotFound(f"There is no device {device_id}; nothing was changed.")
@@ -212,6 +237,8 @@ class Groups:
         now = self._clock()
         with self._database.transaction() as tx:
             group = groups.get_group(tx, actor.tenant_id, name, for_update=True)
+            if group.attestation_policy_id is not None:
+                _check_admin(actor)
             sets = [words for one, words in SET_FOR_MEMBERS.items() if _sets(group, one)]
             if sets and group.members:
                 having = f"{group.members} device{'s' * (group.members != 1)}"
@@ -237,6 +264,15 @@ class Groups:
         self._reconciler.wait_for_restart()
         enforced = outcome.covers(generation)
         return dataclasses.replace(changed, enforced=enforced, problem=None if enforced else outcome.problem)
+
+
+def _check_admin(actor: Actor) -> None:
+    """Raise ``Forbidden`` unless the actor may say whose evidence counts, and so for which devices."""
+    if Permission.TOKENS not in MAY.get(actor.role, ()):
+        raise Forbidden(
+            f"The role {actor.role} may not change the appraisal policy of a group, or which devices it is for; ask an"
+            " admin."
+        )
 
 
 def _sets(group: GroupRecord, setting: str) -> bool:

@@ -14,8 +14,14 @@ from store import copy as store_copy
 
 # What is counted, recorded or kept revoked by itself, and is no term.
 _NO_TERMS = {"uses", "status", "proven_at", "nonce", "nonce_expires_at", "revoked_at", "removed_at", "updated_at"}
-_MANUFACTURER, _TOKEN, _PROFILE = "manufacturer", "enrolment token", "certificate profile"
-_TABLES = {_MANUFACTURER: "manufacturers", _TOKEN: "enrolment_tokens", _PROFILE: "certificate_profiles"}
+_NO_TERMS |= {"members", "description"}  # of groups
+_MANUFACTURER, _TOKEN, _PROFILE, _GROUP = "manufacturer", "enrolment token", "certificate profile", "group"
+_TABLES = {
+    _MANUFACTURER: "manufacturers",
+    _TOKEN: "enrolment_tokens",
+    _PROFILE: "certificate_profiles",
+    _GROUP: "device_groups",
+}
 _SHOWN = {
     "der": "certificate",
     "attestation_policy_id": "attestation",

@@ -143,7 +143,8 @@ def _holder(call: Call, body: NonceRequest) -> tuple[NonceHolder, str | None]:
         return NonceHolder.of_operator(call.actor.tenant_id, call.actor.token_id), body.policy_id
     client, token = client_of(call), enrolment_token(call)
     if token is not None:
-        return nonce_holder(token), token.profile.attestation_policy_id
+        own = token.profile.attestation_policy_id
+        return nonce_holder(token), call.portal.attestations.policy_for(token.tenant_id, token.device_id, own)
     if isinstance(client, ManufacturedClient):
         holder = NonceHolder.of_factory_key(client.tenant_id, client.certificate.key_fingerprint)
         return holder, client.manufacturer.profile.attestation_policy_id

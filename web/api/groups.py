@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -9,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from core.roles import Permission
 from store.groups import GroupRecord
 from web.api.devices import ChangesRequest, SearchText, TopicModel, Topics, of_changes, pairs
+from web.api.evidence import AttestationPolicyModel, AttestationPolicyRequest
 from web.api.fields import (
     Description,
     DeviceId,
@@ -23,6 +25,7 @@ from web.api.fields import (
     given,
 )
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from workflows.attestation.policies import RegisteredPolicy
 from workflows.groups import GroupChanged
 
 ROUTES = Routes("Groups")
@@ -97,6 +100,7 @@ class GroupPatch(ChangesRequest):
     filter: SavedFilter | None = None
     topics: Topics | None = None
     validity_days: Days | None = None
+    attestation: AttestationPolicyRequest | None = None
 
     @model_validator(mode="after")
     def _either(self) -> Self:
@@ -132,6 +136,7 @@ class GroupModel(AnswerModel):
     filter: SavedFilter | None
     topics: list[TopicModel] | None
     validity_days: int | None
+    attestation: AttestationPolicyModel | None
     members: int
     created_at: Timestamp
     updated_at: Timestamp
@@ -158,7 +163,9 @@ class GroupList(AnswerModel):
 @ROUTES.add("GET", "/groups", Permission.READ)
 def list_groups(call: Call) -> GroupList:
     """List groups."""
-    return GroupList(groups=[_model(record) for record in call.portal.groups.groups(call.actor.tenant_id)])
+    records = call.portal.groups.groups(call.actor.tenant_id)
+    policies = _policies(call, records)
+    return GroupList(groups=[GroupModel.of(record, **_values(record, policies)) for record in records])
 
 
 @ROUTES.add(
@@ -179,13 +186,13 @@ def add_group(call: Call, body: GroupRequest) -> Reply:
         topics=pairs(body.topics),
         validity_days=body.validity_days,
     )
-    return Reply(_model(added), headers={"Location": f"/groups/{body.name}"})
+    return Reply(_model(call, added), headers={"Location": f"/groups/{body.name}"})
 
 
 @ROUTES.add("GET", "/groups/{group}", Permission.READ)
 def show_group(call: Call, group: str) -> GroupModel:
     """Show a group."""
-    return _model(call.portal.groups.group(call.actor.tenant_id, group))
+    return _model(call, call.portal.groups.group(call.actor.tenant_id, group))
 
 
 @ROUTES.add("PATCH", "/groups/{group}", Permission.CHANGE, errors=(409,))
@@ -196,13 +203,15 @@ def update_group(call: Call, group: str, body: GroupPatch) -> GroupChangedModel:
         changes["filter"] = None if body.filter is None else body.filter.conditions
     if "topics" in body.model_fields_set:
         changes["topics"] = pairs(body.topics)
-    return _changed(call.portal.groups.update(call.actor, group, changes))
+    policy = None if body.attestation is None else body.attestation.wanted()
+    given = policy if "attestation" in body.model_fields_set else ...
+    return _changed(call, call.portal.groups.update(call.actor, group, changes, given))
 
 
 @ROUTES.add("DELETE", "/groups/{group}", Permission.CHANGE, Answers("The group is removed"), errors=(409,))
 def remove_group(call: Call, group: str) -> GroupModel:
     """Remove a group that sets nothing for members any more; its devices stay as they are."""
-    return _model(call.portal.groups.remove(call.actor, group))
+    return _model(call, call.portal.groups.remove(call.actor, group))
 
 
 @ROUTES.add(
@@ -214,19 +223,25 @@ def remove_group(call: Call, group: str) -> GroupModel:
 )
 def change_members(call: Call, group: str, body: MembersRequest) -> GroupChangedModel:
     """Add devices to a group and remove others, all or none."""
-    return _changed(call.portal.groups.change_members(call.actor, group, body.add, body.remove))
+    return _changed(call, call.portal.groups.change_members(call.actor, group, body.add, body.remove))
 
 
-def _model(record: GroupRecord) -> GroupModel:
-    return GroupModel.of(record, **_values(record))
+def _policies(call: Call, records: Sequence[GroupRecord]) -> Mapping[str | None, RegisteredPolicy]:
+    ids = [record.attestation_policy_id for record in records]
+    return call.portal.attestation_policies.of_ids(call.actor.tenant_id, ids) if any(ids) else {}
 
 
-def _changed(changed: GroupChanged) -> GroupChangedModel:
+def _model(call: Call, record: GroupRecord) -> GroupModel:
+    return GroupModel.of(record, **_values(record, _policies(call, [record])))
+
+
+def _changed(call: Call, changed: GroupChanged) -> GroupChangedModel:
     broker = None if changed.enforced is None else "enforced" if changed.enforced else "pending"
-    more = {"broker": broker, "broker_problem": changed.problem}
-    return GroupChangedModel.of(changed, changed.group, **_values(changed.group), **more)
+    values = _values(changed.group, _policies(call, [changed.group]))
+    return GroupChangedModel.of(changed, changed.group, **values, broker=broker, broker_problem=changed.problem)
 
 
-def _values(record: GroupRecord) -> dict[str, Any]:
+def _values(record: GroupRecord, policies: Mapping[str | None, RegisteredPolicy]) -> dict[str, Any]:
     topics = None if record.pairs is None else [{"filter": one, "access": access} for one, access in record.pairs]
-    return {"filter": record.filter and SavedFilter(**record.filter), "topics": topics}
+    policy = AttestationPolicyModel.shown(policies.get(record.attestation_policy_id))
+    return {"filter": record.filter and SavedFilter(**record.filter), "topics": topics, "attestation": policy}

@@ -21,7 +21,7 @@ from core.errors import AttestationRefused
 from core.states import AttestationVerdict, ManufacturerStatus
 from core.throttle import Throttle
 from pki.algorithms import PublicKey, public_key_fingerprint
-from store import attestation, audit, enrolment, issuers
+from store import attestation, audit, enrolment, groups, issuers
 from store.attestation import AttestationRecord
 from store.audit import Actor
 from store.database import Database
@@ -124,13 +124,25 @@ class DeviceAttestations:
         return self._nonces.issue(holder, policy, key)
 
     def policy_of(self, tenant_id: str, device_id: str) -> str | None:
-        """Return the id of the policy by which a device has enrolled, or else was registered."""
+        """Return the id of the policy of a device's group, or by which it has enrolled, or else was registered."""
         with self._database.snapshot() as tx:
+            if (of_group := groups.policy_of(tx, tenant_id, device_id)) is not None:
+                return of_group
             profile = enrolment.profile_of_device(tx, tenant_id, device_id)
             if profile is not None:
                 return profile.attestation_policy_id
             kept = attestation.find_attestation(tx, tenant_id, device_id)
             return None if kept is None else kept.policy_id
+
+    def policy_for(self, tenant_id: str, device_id: str | None, otherwise: str | None) -> str | None:
+        """Return the id of the policy by which a device enrols: of its group, if it is known and has one that sets one.
+
+        ``otherwise`` is that of its enrolment token or manufacturer.
+        """
+        if device_id is None:
+            return otherwise
+        with self._database.snapshot() as tx:
+            return groups.policy_of(tx, tenant_id, device_id) or otherwise
 
     def _result(
         self,

@@ -118,7 +118,11 @@ class AttestationPolicies:
         self, tenant_id: str, profiles: Sequence[EnrolmentProfile]
     ) -> Mapping[str | None, RegisteredPolicy]:
         """Return the policies of enrolment profiles by their ids."""
-        ids = [one.attestation_policy_id for one in profiles if one.attestation_policy_id is not None]
+        return self.of_ids(tenant_id, [one.attestation_policy_id for one in profiles])
+
+    def of_ids(self, tenant_id: str, policy_ids: Sequence[str | None]) -> Mapping[str | None, RegisteredPolicy]:
+        """Return policies by their ids, of which ``None`` are passed over."""
+        ids = [policy_id for policy_id in policy_ids if policy_id is not None]
         with self._database.snapshot() as tx:
             found = attestation.policies_by_id(tx, tenant_id, ids)
         return {policy_id: RegisteredPolicy.of(record) for policy_id, record in found.items()}

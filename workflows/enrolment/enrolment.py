@@ -53,14 +53,15 @@ class Enrolments:
         ``StateConflict``, ``TooManyAttempts``, ``Unavailable``, or a kind of ``AttestationRefused``.
         """
         _check_key_type(request, credential.profile)
-        policy_id = credential.profile.attestation_policy_id
+        known = self._known_device(credential)
+        policy_id = self._attestations.policy_for(credential.tenant_id, known, credential.profile.attestation_policy_id)
         appraised = self._attestations.appraise(
             policy_id,
             shown,
             holder=credential.nonce_holder,
             key=None if request.csr is None else request.csr.public_key,
             # An operator who approves another key may let another root of trust in.
-            device_id=self._known_device(credential) if policy_id and credential.replaces_at_once else None,
+            device_id=known if policy_id and credential.replaces_at_once else None,
         )
         try:
             outcome = self._once(EnrolmentAttempt(actor, credential, request, appraised))

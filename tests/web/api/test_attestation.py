@@ -16,7 +16,7 @@ from core.roles import Role
 from tests.support.attestation import RECORDED, Maker, SoftwareTpm
 from tests.support.attested import AttestedDevice, attested_device, policy
 from tests.support.est import Device, new_key, token
-from tests.support.harness import ON_SQLITE, Api, Clock, problem_of
+from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 from tests.support.pki import PEM, Authority
 from tests.web.api.test_actions import act
 from tests.workflows.test_events import recorded, subscribe
@@ -267,6 +267,29 @@ def test_a_renewal_needs_evidence_if_the_policy_says_so(api: Api, clock: Clock, 
     assert answer.status_code == 201, answer.text
     assert answer.json["device_id"] == device_id
     assert api.get(f"/devices/{device_id}").json["attestation"]["key_fingerprint"] != first
+
+
+def test_a_policy_of_a_group_counts_in_place_of_that_of_the_token(app: Flask, api: Api, clock: Clock) -> None:
+    device = attested_device(api, clock=clock, on_renewal=False)
+    pem = device.enrol(device.evidence()).json["certificate"]
+    device_id = x509.load_pem_x509_certificate(pem.encode()).subject.rfc4514_string().removeprefix("CN=")
+    operator, rules = api_as(app, Role.OPERATOR), policy(device.maker, on_renewal=True)
+    api.post("/groups", {"name": "watched"})
+    problem_of(operator.patch("/groups/watched", {"attestation": rules}), 403, "forbidden")
+    answer = api.patch("/groups/watched", {"attestation": rules})
+    assert answer.json["attestation"]["on_renewal"] is True, answer.text
+    members = {"add": [device_id]}
+    problem_of(operator.post("/groups/watched/members", members), 403, "forbidden")  # it could loosen what is required
+    assert api.post("/groups/watched/members", members).json["members"] == 1
+    for refused in (operator.patch("/groups/watched", {"attestation": None}), operator.delete("/groups/watched")):
+        problem_of(refused, 403, "forbidden")
+    clock.advance(days=300)
+    renewing = device.renewing(pem)
+    renewing.maker.key = new_key()
+    problem_of(renewing.enrol(csr=renewing.csr(device_id)), 403, "attestation_required")
+    assert renewing.enrol(renewing.evidence(), csr=renewing.csr(device_id)).status_code == 201
+    assert api.patch("/groups/watched", {"attestation": None}).json["attestation"] is None
+    assert api.get("/groups/watched").json["attestation"] is None
 
 
 def _body(device: AttestedDevice, subject: str) -> bytes:
