@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from commands.errors import CheckFailed, Unreachable
 
+_HOST = re.compile("[A-Za-z0-9.:_-]{1,253}")
 MOSQUITTO = """\
 # In the folder of the unpacked bundle.
 mosquitto_pub -h $host -p $port --cafile ca.pem --cert chain.pem --key device.key -i $client_id -t $topic -m 21 -q 1
@@ -170,6 +172,8 @@ def snippet_for(device: Mapping[str, Any], kind: str) -> str:
         client_id, broker = str(device["device_id"]), device["brokers"][0]
         host, port = str(broker["host"]), int(broker["port"])
         topics = [(str(topic["filter"]).replace("{id}", client_id), topic["access"]) for topic in device["topics"]]
+        if not _HOST.fullmatch(host):  # it is in a comment of C, too
+            raise ValueError
     except (KeyError, IndexError, TypeError, ValueError):
         raise Unreachable("The portal's answer does not say where the broker is; its version may differ.") from None
     writable = [pattern for pattern, access in topics if access != "read"]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from hashlib import sha256
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from commands import handover
+from commands.connection import ConnectionSettings
+from commands.errors import Unreachable
 from commands.handover import Trust, by_hand
 from tests.support.cli_session import Session
+from tests.support.pki import Authority
 from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, problem
 
 pytest_plugins = ("tests.support.cli_fixtures",)
@@ -88,6 +95,47 @@ def test_a_link_that_a_head_request_cannot_reach_is_passed_on_as_a_zip(session: 
 )
 def test_the_commands_fit_the_file_and_how_the_portal_is_trusted(file: str, trust: Trust, lines: list[str]) -> None:
     assert by_hand(LINK, file, trust) == lines
+
+
+ONE, OTHER = (Authority(name).certificate.public_bytes(Encoding.DER) for name in ("One root", "Another root"))
+AT, ELSEWHERE = "https://portal.example.com", "https://front.example.com"
+
+
+def digest(der: bytes) -> str:
+    return sha256(der).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("base", "served", "leading", "expected"),
+    [
+        (AT, [ONE], [], Trust(digest(ONE))),
+        (AT, [ONE, OTHER], [OTHER], Trust(digest(OTHER))),
+        (AT, [ONE, OTHER], [], Trust(digest(ONE))),
+        (AT, [], [], Trust(ca_file=Path("ca.pem"))),
+        (AT, None, [], Trust(ca_file=Path("ca.pem"))),
+        (ELSEWHERE, [ONE], [], Trust(digest(ONE))),
+        (ELSEWHERE, None, [], Trust()),
+        ("http://127.0.0.1:8443", [ONE], [], Trust()),
+    ],
+)
+def test_the_recipient_trusts_the_root_that_leads_to_the_server_in_the_link_if_that_serves_it(
+    monkeypatch: pytest.MonkeyPatch, base: str, served: list[bytes] | None, leading: list[bytes], expected: Trust
+) -> None:
+    def is_served(_client: object, _base: str, root: bytes) -> bool:
+        if served is None:  # the operator's CA does not verify it, or it cannot be reached from here
+            raise Unreachable("It does not answer.")
+        return root in served
+
+    monkeypatch.setattr(handover, "_roots", lambda _path: [ONE, OTHER])
+    monkeypatch.setattr(handover, "_is_served", is_served)
+    monkeypatch.setattr(handover, "_leads_to", lambda _base, root: root in leading)
+    portal = Mock(settings=ConnectionSettings(AT, Path("ca.pem"), None, ""))
+    assert handover.trust_at(portal, base) == expected
+
+
+def test_what_the_system_trusts_needs_no_option() -> None:
+    portal = Mock(settings=ConnectionSettings(AT, None, None, ""))
+    assert handover.trust_at(portal, AT).option == ""
 
 
 @pytest.mark.parametrize("fingerprint", ["4f", "zz" * 32, "4f" * 33])

@@ -287,3 +287,13 @@ def test_a_portal_that_knows_no_dry_run_is_given_no_rows(session: Session, stub:
     result = session.run("import", write_fleet(session.folder, 3), "--dry-run")
     assert (result.exit_code, "too old" in result.stderr) == (1, True)
     assert [request.body for request in stub.calls(*BULK)] == [[{}]]
+
+
+def test_the_end_of_an_import_says_what_whoever_gets_a_link_does_with_it(session: Session, stub: PortalStub) -> None:
+    row = {"row": 1, "device_id": stub.add_device(external_id="unit-0"), "bundle_password": "bundle-password-1"}
+    stub.replies[BULK] = rows_reply([row | {"download_url": stub.add_link(b"PK")}])
+    result = session.run("import", write_fleet(session.folder, 1, own="unit-"), "--out", "out")
+    assert (
+        "Whoever gets a link opens it in a browser, or fetches the bundle with: portal download LINK\n" in result.stderr
+    )
+    assert "bundle-password-1" not in result.output

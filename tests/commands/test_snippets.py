@@ -77,7 +77,7 @@ def test_a_device_that_only_reads_has_no_program_that_publishes() -> None:
 
 
 def test_an_older_portal_does_not_say_where_the_broker_is() -> None:
-    for older in (device(brokers=[]), {"device_id": ID}, device(brokers=[{"host": "x", "port": "y"}])):
+    for older in (device(brokers=[]), {"device_id": ID}, device(brokers=[{"host": "*/ x", "port": 1}])):
         with pytest.raises(Unreachable):
             snippet_for(older, "python")
 

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from tests.support.deployment import ROOT, SECONDS, Deployment, deployed
 
 pytestmark = pytest.mark.system
+CHROMIUM = "/usr/bin/chromium"
 REGISTER = ("register", "pump-3", "--type", "pump", "--location", "Hall 2", "--firmware", "1.0")
 FIREFOX = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
@@ -136,3 +138,31 @@ def test_a_browser_looks_presses_the_button_and_opens_the_file_as_the_page_says(
     one.run(linux[1].replace("&amp;", "&"))
     publish(deployment, tmp_path / one.id)
     assert deployment.session.get(one.link, headers={"Accept": FIREFOX}, timeout=20).status_code == 410
+
+
+@pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="needs chromium")
+def test_the_button_works_in_a_real_browser_by_keyboard_alone_and_a_double_click_loses_nothing(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    one = Recipient(deployment, tmp_path, "zip")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(ignore_https_errors=True, viewport={"width": 390, "height": 844})
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(one.link)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.keyboard.press("Tab")
+        with page.expect_download() as download:
+            page.keyboard.press("Enter")
+        download.value.save_as(tmp_path / download.value.suggested_filename)
+        assert download.value.suggested_filename == f"{one.id}.zip"
+        with page.expect_download():
+            page.get_by_role("button", name="Download the file").dblclick()
+        assert page.get_by_role("heading", level=1).inner_text() == "Credentials of pump-3"
+        page.reload()
+        assert page.get_by_role("heading", level=1).inner_text() == "This link has been used"
+        assert not [text for text in complaints if "Content Security Policy" in text]
+        browser.close()
+    one.run(f"7z x -o{one.id} {one.id}.zip")
+    publish(deployment, tmp_path / one.id)
