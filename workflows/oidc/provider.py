@@ -23,7 +23,9 @@ KEPT_SECONDS = 600.0  # how long configuration and keys are used before they are
 UNKNOWN_KEY_SECONDS = 60.0  # between two attempts to find a key that is not known
 PAUSE_SECONDS = 10.0  # after an attempt that failed, in which nobody waits for another
 WAIT_SECONDS = 2.0  # for an attempt that another request makes
+REDEEMED_AT_ONCE = 2  # codes, of which anybody can send made-up ones: other threads serve other requests
 MAX_SECRET = 4096
+_BUSY = "The identity provider has not answered yet; try again in some seconds."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class IdentityProvider:
         self._transport = transport or Transport(settings.oidc_ca_file)
         self._monotonic = monotonic
         self._lock = threading.Lock()
+        self._redeeming = threading.BoundedSemaphore(REDEEMED_AT_ONCE)
         self._known: _Known | None = None
         self._failure: tuple[float, str] | None = None
         self._logged: str | None = None
@@ -118,7 +121,12 @@ class IdentityProvider:
         elif self._secret:
             pair = f"{quote(self.client_id, safe='')}:{quote(self._secret, safe='')}"  # RFC 6749 §2.3.1
             headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-        answer = self._transport.post(endpoints.token, fields, headers)
+        if not self._redeeming.acquire(timeout=WAIT_SECONDS):
+            raise ProviderUnavailable(_BUSY)
+        try:
+            answer = self._transport.post(endpoints.token, fields, headers)
+        finally:
+            self._redeeming.release()
         if answer.status >= 500:
             raise ProviderUnavailable(f"The identity provider answered with status {answer.status}.")
         if answer.status != 200:
@@ -135,7 +143,7 @@ class IdentityProvider:
         if (known := self._fresh(seconds)) is not None:
             return known
         if not self._lock.acquire(timeout=WAIT_SECONDS):
-            raise ProviderUnavailable("The identity provider has not answered yet; try again in some seconds.")
+            raise ProviderUnavailable(_BUSY)
         try:
             if (known := self._fresh(seconds)) is not None:
                 return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from app import create_app, portal_of
 from config import Settings
 from core.errors import StartupError
 from core.roles import Role
+from operations import jobs
 from operations.doctor.base import Installation, State
 from operations.doctor.sign_on import identity_provider as identity_provider_check
 from operations.jobs import ask_provider, prune_logins
@@ -530,6 +532,22 @@ def test_the_log_says_once_that_nobody_can_log_in_and_once_that_somebody_can(
         ("ERROR", "nobody can log in by the identity provider"),
         ("INFO", "the identity provider answers again"),
     ]
+
+
+def test_the_provider_is_asked_in_a_thread_of_its_own(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be slow, and holds up no job that revokes."""
+    threads: dict[str, tuple[str, ...]] = {}
+
+    def run(_: Any, stopping: Any, jobs: Any = jobs.JOBS, lock: str = jobs.LEADER_LOCK) -> None:
+        threads[threading.current_thread().name] = (lock, *(job.name for job in jobs))
+
+    monkeypatch.setattr(jobs, "run", run)
+    before = set(threading.enumerate())
+    jobs.start(portal_of(app)).set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    assert threads["identity provider"] == (jobs.PROVIDER_LOCK, "identity provider")
+    assert "identity provider" not in threads["jobs"]
 
 
 def test_the_doctor_looks_at_the_provider_and_at_the_tenants_of_its_groups(

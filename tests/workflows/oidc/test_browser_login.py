@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import ssl
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -235,3 +237,29 @@ def test_a_chosen_tenant_is_remembered_over_the_login(sign_on: SingleSignOn, idp
     begun = sign_on.begin("/ui", "acme")
     with pytest.raises(NoRole):
         finish(sign_on, begun, at_provider(idp, begun))
+
+
+def test_a_provider_that_hangs_holds_up_two_logins_and_no_more(
+    sign_on: SingleSignOn, idp: IdentityProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workflows.oidc.provider.WAIT_SECONDS", 0.1)
+    logins = [sign_on.begin("/ui", None) for _ in range(3)]
+    queries = [at_provider(idp, begun) for begun in logins]
+    arrived, go_on = threading.Semaphore(0), threading.Event()
+
+    def hang(_: Any) -> Any:
+        arrived.release()
+        go_on.wait(10)
+        return as_json({"error": "server_error"}, 503)
+
+    idp.answers["/token"] = hang
+    with ThreadPoolExecutor() as threads:
+        held_up = [threads.submit(finish, sign_on, *one) for one in zip(logins[:2], queries[:2], strict=True)]
+        assert arrived.acquire(timeout=10)
+        assert arrived.acquire(timeout=10)
+        with pytest.raises(ProviderUnavailable, match="has not answered yet"):
+            finish(sign_on, logins[2], queries[2])
+        go_on.set()
+    assert all(isinstance(one.exception(), ProviderUnavailable) for one in held_up)
+    del idp.answers["/token"]
+    assert finish(sign_on, logins[2], queries[2]).secret
