@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import click
 import pytest
@@ -108,6 +109,40 @@ def defined_in(path: Path) -> set[str]:
         )
         names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names
+
+
+def test_each_term_of_the_glossary_is_used() -> None:
+    glossary = (ROOT / "docs" / "glossary.md").read_text()
+    terms = re.findall(r"^\| ([^|]+) \| [^|]+ \| ?[^|]*\|$", glossary, re.MULTILINE)[2:]
+    sources = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
+    documents = [path for path in DOCUMENTS if path.name not in ("glossary.md", "CHANGELOG.md")]
+    text = " ".join(" ".join(path.read_text().lower().split()) for path in (*documents, *sources))
+    words = {term: term.lower().split(", ") for term in terms}
+    assert [term for term in terms if not any(re.search(rf"\b{re.escape(one)}", text) for one in words[term])] == []
+
+
+def test_the_picture_of_the_readme_is_small_and_its_texts_fit() -> None:
+    source = (ROOT / "docs" / "picture.svg").read_text()
+    assert len(source) < 6000
+    picture = ElementTree.fromstring(source)  # noqa: S314 - ours
+    space = "{http://www.w3.org/2000/svg}"
+    _, _, width, height = map(float, picture.attrib["viewBox"].split())
+    texts = {str(one.text): one.attrib for one in picture.iter(f"{space}text")}
+    for text, at in texts.items():
+        long = {"name": 10.5, "small": 6.7}.get(at.get("class", ""), 7.6) * len(text)  # as wide as a browser has them
+        left = float(at["x"]) - (long if at.get("text-anchor") == "end" else 0)
+        assert 0 <= left <= left + long <= width, text
+        assert 0 < float(at["y"]) < height, text
+    steps = sorted(text[0] for text in texts if text[0].isdigit())
+    assert steps == [str(number) for number in range(1, len(steps) + 1)]
+    readme = (ROOT / "README.md").read_text()
+    assert f"![{picture.findtext(f'{space}title')}](docs/picture.svg)" in readme
+
+
+def test_the_readme_has_the_way_in_and_the_licence() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for title in ("## Two commands", "## Installing", "## Guides", "## Reference", "## Licence"):
+        assert f"\n{title}\n" in readme
 
 
 def test_the_terms_of_the_glossary_are_in_order_and_each_is_one_line() -> None:

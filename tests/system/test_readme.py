@@ -26,6 +26,7 @@ OF_SOME = {
     "secrets/audit-keys/",
     "audit-checkpoints/",
     "ca/*.token.json",
+    "ca/*.destroyed",
     "ca/.pin-refused-*",
     "ca/*.csr.pem",
     "ca/*.key.pem.moved",
