@@ -18,6 +18,10 @@ PAGES = {path.stem: path.read_text() for path in (ROOT / "docs" / "how-to").glob
 STOPPED = "# The portal is stopped.\n"
 # What a page begins with because another one comes before it, or does not say again.
 BEFORE = {
+    "many-devices-at-once": (
+        "for name in meter-1 meter-2; do"
+        " portal register $name --type meter --location 'Hall 2' --firmware 1.0 --out $name; done"
+    ),
     "a-device-is-stolen": "portal register pump-7 --type pump --location 'Hall 2' --firmware 1.0 --out pump-7",
 }
 
