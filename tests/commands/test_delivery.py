@@ -253,6 +253,13 @@ def packed_as(files: Files, bundle_format: str) -> bytes:
     )
 
 
+def test_the_portal_is_asked_for_a_format(session: Session, stub: PortalStub, files: Files) -> None:
+    link = stub.add_link(packed_as(files, "p12"))
+    assert session.run("download", link, "--format", "p12", env=PASSWORD).exit_code == 0
+    assert {request.query.get("format") for request in stub.requests if request.method == "GET"} == {"p12"}
+    assert session.run("download", link, "--format", "rar", env=PASSWORD).exit_code == 2
+
+
 def test_a_p12_is_checked_and_written_with_its_certificates(session: Session, stub: PortalStub, files: Files) -> None:
     content = packed_as(files, "p12")
     result = session.run("download", stub.add_link(content), env=PASSWORD)

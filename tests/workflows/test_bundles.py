@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import subprocess
 import zipfile
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,6 +145,15 @@ def test_without_a_wish_it_is_the_format_that_was_registered_and_the_commands_ac
     assert registered.bundle_password is not None
     checked = check_bundle(open_bundle(bundle.content, registered.bundle_password), now=portal.clock())
     assert (checked.device_id, checked.fingerprint) == (registered.device_id, registered.fingerprint)
+
+
+def test_7z_opens_what_is_fetched_with_the_password_alone(portal: Portal, tmp_path: Path) -> None:
+    registered = portal.registrations.register(OPERATOR, PUMP)
+    bundle = tmp_path / "bundle.zip"
+    bundle.write_bytes(portal.deliveries.deliver(OPERATOR, token_of(registered)).content)
+    for password, status in ((registered.bundle_password, 0), ("another password", 2)):
+        command = ["7z", "t", f"-p{password}", str(bundle)]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == status
 
 
 def test_a_password_that_a_person_chose_is_kept_in_no_form(portal: Portal) -> None:

@@ -82,6 +82,14 @@ def test_a_bundle_is_had_in_the_format_that_the_link_asks_for(api: Api, anyone: 
         assert (each.status_code, each.content_type, each.headers["Content-Disposition"]) == (200, kind, name)
 
 
+def test_the_button_of_the_page_gives_the_format_that_the_link_asks_for(api: Api, anyone: Api) -> None:
+    path = f"{path_of(api.register())}?format=p12"
+    page = anyone.client.get(path, headers={"Accept": "text/html"})
+    assert (page.status_code, page.content_type) == (200, "text/html; charset=utf-8")
+    assert ".p12" in page.text
+    assert anyone.client.post(path, data={}).content_type == "application/x-pkcs12"
+
+
 def test_a_format_that_there_is_not_spends_no_link(api: Api, anyone: Api) -> None:
     path = path_of(api.register())
     problem_of(anyone.get(f"{path}?format=rar"), 422, "invalid_input")
