@@ -22,6 +22,7 @@ HOME = "/opt/onboarding-portal"  # where the README's session was recorded
 # Files of a portal that has a second tenant or quotas, whose CA keys live in a token or were moved there, whose CA
 # waits for its certificate, or whose HTTPS has a certificate of another issuer.
 OF_SOME = {
+    ".folder-id",
     "rates",
     "secrets/audit-keys/",
     "audit-checkpoints/",
