@@ -55,7 +55,8 @@ from tests.workflows.test_admission import OPERATOR, request_of
 
 pytestmark = ON_SQLITE  # where a statement that is refused leaves those before it, which are to be looked at
 SOON, LONG_AGO = datetime(2100, 1, 1, tzinfo=UTC), datetime(2000, 1, 1, tzinfo=UTC)
-ID, OTHER_ID = "1" * 16, "2" * 16
+LATER = datetime(2200, 1, 1, tzinfo=UTC)
+ID = "1" * 16
 HASH, OTHER_HASH = "a" * 64, "b" * 64
 
 
@@ -154,6 +155,12 @@ def _claimed(tx: Connection, event_id: int) -> dict[str, Any]:
     return {name: row[name] for name in ClaimedEvent.__slots__}
 
 
+def add_two_nonces(tx: Connection, of: str) -> None:
+    """Add one nonce more than the holder may have, that are good for longer than the one there is."""
+    for nonce in "de":
+        attestation.add_nonce(tx, of, "holder", nonce_hash=nonce * 64, seed=b"s", expires_at=LATER, limit=1)
+
+
 Ask = Callable[[Connection, str, Owned], Any]
 # Each finds something for the first tenant, and nothing for another one.
 READS: dict[str, Ask] = {
@@ -200,6 +207,7 @@ WRITES: dict[str, Ask] = {
     "nonces beyond the limit": lambda tx, of, it: attestation.add_nonce(
         tx, of, "holder", nonce_hash=OTHER_HASH, seed=b"s", expires_at=LONG_AGO, limit=1
     ),
+    "the oldest nonce": lambda tx, of, it: add_two_nonces(tx, of),
     "a nonce": lambda tx, of, it: attestation.spend_nonce(tx, of, "holder", HASH, now=it.now),
     "a new result": lambda tx, of, it: attestation.put_attestation(
         tx, AttestationRecord(**{**_values(it.result), "tenant_id": of, "claims": {"a": 1}})
@@ -277,3 +285,12 @@ def test_nothing_of_another_tenant_is_changed(portal: Portal, owned: Owned) -> N
             outcome(tx, "default", ask, owned)
             assert rows_of_default(tx) != before, name
             savepoint.rollback()
+
+
+def test_a_factory_key_that_one_tenant_knows_is_new_to_another(portal: Portal, owned: Owned) -> None:
+    assert owned.enrolment_id
+    with portal.database.transaction() as tx:
+        for known in (HASH, OTHER_HASH):
+            enrolment.add_factory_key(tx, "another", known, None)
+            assert enrolment.is_blocked(tx, "another", known)
+            assert not enrolment.is_blocked(tx, "default", known)
