@@ -51,6 +51,7 @@ PATTERN_IN_WORDS = {
     _FINGERPRINT: "must be 64 hexadecimal digits in lower case",
     SHORT_ID: "must be 16 hexadecimal digits in lower case",
     BASE64: "must be Base64",
+    "^[!-~]{16,255}$": "must be 16 to 255 printable ASCII characters, no spaces",  # an idempotency key
     # Of evidence (attestation/appraisal.py).
     "^([0-9a-f]{2})+$": "must be bytes in hexadecimal digits in lower case",
     "^([0-9a-f]{2}){0,64}$": "must be at most 64 bytes in hexadecimal digits in lower case",
