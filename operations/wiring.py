@@ -62,6 +62,7 @@ from workflows.mail.mail import Mail
 from workflows.oidc.login import SingleSignOn
 from workflows.oidc.provider import IdentityProvider
 from workflows.operators import FIRST_TOKEN_LIFE, Operators, new_token
+from workflows.overview import Overviews
 from workflows.presence import PresenceFollower
 from workflows.profiles import CertificateProfiles
 from workflows.reconciliation import Reconciler
@@ -133,6 +134,7 @@ class Portal:
     attestation_policies: AttestationPolicies
     reappraisals: Reappraisals
     inventory: Inventory
+    overviews: Overviews
     operators: Operators
     sign_on: SingleSignOn | None
     sessions: Sessions
@@ -324,6 +326,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         inventory=Inventory(
             settings, database, tenant_terms, reconciler.crls.sign_put_off, follower.contact, base.broker
         ),
+        overviews=Overviews(database, clock),
         operators=(operators := Operators(database, shared.throttle, clock)),
         sign_on=_sign_on(base, operators),
         sessions=Sessions(database, operators, clock),

@@ -29,6 +29,7 @@ from store import (
 )
 from store.counts import counts_of
 from store.devices import DeviceFilter
+from store.overview import figures_of
 from store.tables import Device
 from tests.support.harness import ON_SQLITE
 
@@ -178,6 +179,28 @@ def test_what_is_counted_for_monitoring_is_read_from_indexes(
     assert any("COVERING INDEX ix_devices_status (tenant_id=?)" in plan for plan in plans)
     for plan in plans:
         assert read_whole(plan) <= SMALL | {"audit_heads", "deliveries", "webhook_deliveries"}, plan
+
+
+def figures(tx: Connection) -> object:
+    return figures_of(tx, "default", weeks=[(NOW, NOW + timedelta(weeks=1))], since=NOW, applied=7)
+
+
+def test_the_overview_reads_no_table_whole(plans_of: Callable[[Query], list[str]]) -> None:
+    for plan in plans_of(figures):
+        few = {f"anon_{number}" for number in range(1, 30)} | {"webhook_deliveries"}  # up to a limit; the dead ones
+        assert read_whole(plan) <= SMALL | few, plan
+
+
+@ON_SQLITE
+def test_the_overview_counts_by_indexes_what_grows_with_the_fleet(
+    plans_of: Callable[[Query], list[str]],
+) -> None:
+    plan = "\n".join(plans_of(figures))
+    assert "INDEX ix_certificates_end (tenant_id=? AND not_after>? AND not_after<?)" in plan
+    assert "INDEX ix_devices_out (generation>?)" in plan
+    assert "INDEX ix_webhook_deliveries_dead" in plan
+    assert "COVERING INDEX ix_presences_seen (tenant_id=? AND state=?)" in plan
+    assert "ix_audit_entries_at (tenant_id=? AND at>?)" in plan
 
 
 @ON_SQLITE

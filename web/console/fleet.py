@@ -19,7 +19,7 @@ from core.states import PresenceState
 from store.devices import DeviceFilter, DeviceRecord
 from web.api.fields import Cursor, Place, ProfileName, ShortText, StatusName
 from web.api.routing import RequestModel
-from web.console.pages import HOME, Moved, Pages, Sent, Shown, Visit
+from web.console.pages import Pages, Sent, Shown, Visit
 from web.console.registration import new_once
 from workflows.devices import Page
 from workflows.presence import DeviceConnection, connection_of
@@ -77,12 +77,6 @@ class Row:
     def id(self) -> str:
         """The id of the device."""
         return self.device.id
-
-
-@PAGES.add("GET", HOME, Permission.READ)
-def home(_visit: Visit) -> Moved:
-    """Lead to the fleet."""
-    return Moved(FLEET)
 
 
 @PAGES.add("GET", FLEET, Permission.READ)
