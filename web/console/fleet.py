@@ -91,6 +91,7 @@ def fleet(visit: Visit) -> Shown:
         "first": _link(query, {}) if query.cursor else None,
         "csv": f"{FLEET}.csv?{urlencode(query.given)}",
         "once": new_once(),
+        "filters": {name: value for name, value in query.given.items() if name != "sort"},
     }
     return Shown("fleet.html", values, fragment="fleet_results.html")
 
@@ -99,13 +100,14 @@ def fleet(visit: Visit) -> Shown:
 def fleet_csv(visit: Visit) -> Sent:
     """Save all devices that match as CSV."""
     query = visit.query(FleetQuery)
-    rows = _all(visit, query)
+    rows = all_that_match(visit, filter_of(visit, query))
     first = next(rows, None)  # what is refused is refused before anything is sent
     lines = _csv(itertools.chain([] if first is None else [first], rows))
     return Sent(lines, "text/csv; charset=utf-8", "devices.csv")
 
 
-def _filter(visit: Visit, query: FleetQuery) -> DeviceFilter:
+def filter_of(visit: Visit, query: FleetQuery) -> DeviceFilter:
+    """Return the filter that a query means now."""
     within = query.expires_within
     return DeviceFilter(
         status=query.status,
@@ -126,10 +128,10 @@ def _found(visit: Visit, query: FleetQuery) -> tuple[Sequence[Row], str | None]:
     A search first names the devices that its text means by itself, and looks on for as long as a reader waits gladly:
     ``Inventory.devices`` returns less than a page after it has looked at many devices.
     """
-    inventory, tenant_id, wanted = visit.portal.inventory, visit.actor.tenant_id, _filter(visit, query)
+    inventory, tenant_id, wanted = visit.portal.inventory, visit.actor.tenant_id, filter_of(visit, query)
     found: dict[str, Row] = {}
     if query.q is not None and query.cursor is None:
-        named = _filter(visit, query.model_copy(update={"q": None}))
+        named = filter_of(visit, query.model_copy(update={"q": None}))
         found = {row.id: row for row in _rows(inventory.named(tenant_id, query.q, named, limit=PER_PAGE))}
     cursor, until = query.cursor, time.monotonic() + SEARCH_SECONDS
     while True:
@@ -151,8 +153,9 @@ def _link(query: FleetQuery, changes: Mapping[str, str]) -> str:
     return f"{FLEET}?{urlencode(parameters)}" if parameters else FLEET
 
 
-def _all(visit: Visit, query: FleetQuery) -> Iterator[Row]:
-    inventory, tenant_id, wanted = visit.portal.inventory, visit.actor.tenant_id, _filter(visit, query)
+def all_that_match(visit: Visit, wanted: DeviceFilter) -> Iterator[Row]:
+    """Yield all devices of a filter, read in parts; what is refused is refused at the first one."""
+    inventory, tenant_id = visit.portal.inventory, visit.actor.tenant_id
     cursor: str | None = None
     while True:
         page = inventory.devices(tenant_id, wanted, limit=CSV_AT_ONCE, cursor=cursor)

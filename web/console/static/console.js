@@ -74,6 +74,18 @@
     form.dataset.sent = "";
     setTimeout(() => delete form.dataset.sent, 5000);
   });
+  // A list with check boxes: one for all, and how many are ticked.
+  document.addEventListener("change", (event) => {
+    const box = event.target;
+    const form = box instanceof HTMLInputElement && box.type === "checkbox" ? box.closest("[data-bulk]") : null;
+    if (!form) return;
+    const boxes = [...form.querySelectorAll("input[name=ids]")];
+    if ("checkAll" in box.dataset) for (const one of boxes) one.checked = box.checked;
+    const ticked = boxes.filter((one) => one.checked).length;
+    const all = form.querySelector("[data-check-all]");
+    if (all) { all.checked = ticked === boxes.length; all.indeterminate = ticked > 0 && ticked < boxes.length; }
+    form.querySelector("[data-bulk-count]").textContent = ticked ? `${ticked} selected` : "";
+  });
   document.addEventListener("DOMContentLoaded", () => {
     root.dataset.script = "";
     localize(document);
