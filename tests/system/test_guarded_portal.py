@@ -114,6 +114,43 @@ def test_a_revoked_device_is_cut_and_gets_nothing_any_more(shared: Deployment) -
     assert gets_nothing(device)  # until the CRL is published TLS lets it in
 
 
+@contextmanager
+def console_of(deployment: Deployment) -> Iterator[Callable[..., requests.Response]]:
+    """Sends requests as a browser that is logged in to the console; forms have the session's token."""
+    with requests.Session() as session:
+        session.trust_env, session.verify = False, deployment.session.verify
+        session.headers["Sec-Fetch-Site"] = "same-origin"
+
+        def ask(path: str, form: dict[str, str] | None = None, **headers: str) -> requests.Response:
+            url = f"{deployment.url}{path}"
+            if form is None:
+                return session.get(url, headers=headers, timeout=SECONDS)
+            if path != "/ui/login":
+                form = form | {
+                    "form_token": re.findall(r'name="form_token" value="(\w+)"', ask("/ui/sessions").text)[0]
+                }
+            return session.post(url, data=form, timeout=SECONDS)
+
+        assert ask("/ui/login", {"token": deployment.operator["PORTAL_TOKEN"]}).url == f"{deployment.url}/ui"
+        yield ask
+
+
+def test_a_revocation_in_the_console_shows_all_steps_once_the_client_was_cut(shared: Deployment) -> None:
+    device = shared.onboard()
+    client, path = device.client(), f"/ui/devices/{device.id}"
+    part = {"HX-Request": "true", "HX-Request-Type": "partial"}
+    with console_of(shared) as console:
+        page = console(f"{path}/revoke", {"reason": "key_compromise"}).text
+        assert "step-time" in page
+        client.wait_cut()
+        wait_until(lambda: "every 1s" not in console(f"{path}/enforcement", **part).text)
+        shown = console(f"{path}/enforcement", **part).text
+        assert {*re.findall("<strong>(.*?)</strong>", shown)} == {"Recorded", "Denied", "Refused", "Cut", "Enforced"}
+        assert "step-pending" not in shown
+        wait_until(lambda: "All is well" in console("/ui").text)
+    client.close()
+
+
 def test_a_revocation_is_on_the_public_crl_at_once(shared: Deployment) -> None:
     for _ in range(3):
         device = shared.onboard()
