@@ -13,13 +13,17 @@ from typing import Annotated, Literal
 from urllib.parse import urlencode
 
 from pydantic import Field
+from werkzeug.datastructures import MultiDict
 
+from core.errors import InputInvalid, StateConflict
 from core.roles import Permission
 from core.states import PresenceState
 from store.devices import DeviceFilter, DeviceRecord
-from web.api.fields import Cursor, Place, ProfileName, ShortText, StatusName
-from web.api.routing import RequestModel
-from web.console.pages import Pages, Sent, Shown, Visit
+from store.groups import GroupRecord
+from web.api.fields import Cursor, Description, GroupName, Place, ProfileName, ShortText, StatusName
+from web.api.groups import SavedFilter
+from web.api.routing import RequestModel, read_fields
+from web.console.pages import Moved, Pages, Sent, Shown, Visit
 from web.console.registration import new_once
 from workflows.devices import Page
 from workflows.presence import DeviceConnection, connection_of
@@ -27,6 +31,7 @@ from workflows.presence import DeviceConnection, connection_of
 PAGES = Pages()
 FLEET = "/ui/devices"
 PER_PAGE = 50
+_PREFIX = "filter_"  # of a filter's fields, where they are in a form with others
 CSV_AT_ONCE = 200
 SEARCH_SECONDS = 0.2  # after which a page shows what was found so far, and leads on
 _CONNECTED = {
@@ -50,6 +55,7 @@ class FleetQuery(RequestModel):
     type: ShortText | None = None
     location: Place | None = None
     profile: ProfileName | None = None
+    group: GroupName | None = None
     attested: Literal["passed", "failed", "outdated", "none"] | None = None
     sort: Literal["created", "name", "-name", "expires", "last_seen", "-last_seen"] | None = None
     cursor: Cursor | None = None
@@ -63,6 +69,25 @@ class FleetQuery(RequestModel):
     def is_filtered(self) -> bool:
         """Whether the list leaves devices out."""
         return bool(self.given.keys() - {"sort"})
+
+    @property
+    def conditions(self) -> dict[str, str] | None:
+        """What can be saved as a filter; ``None`` if that is nothing, or not all of it, or is a saved one already."""
+        narrowed = {name: value for name, value in self.given.items() if name != "sort"}
+        return narrowed if narrowed and narrowed.keys() <= SavedFilter.model_fields.keys() else None
+
+
+class RemoveForm(RequestModel):
+    """Which saved filter."""
+
+    group: GroupName
+
+
+class SaveForm(RequestModel):
+    """The name under which a filter is saved, as a group that has it."""
+
+    name: GroupName
+    description: Description = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +109,10 @@ def fleet(visit: Visit) -> Shown:
     """List devices, newest first unless another order is asked for."""
     query = visit.query(FleetQuery)
     devices, cursor = _found(visit, query)
+    groups = visit.portal.groups.groups(visit.actor.tenant_id)
     values = {
+        "groups": [(group.name, _title_of(group)) for group in groups],
+        "group": next((group for group in groups if group.name == query.group), None),
         "query": query,
         "devices": devices,
         "next": None if cursor is None else _link(query, {"cursor": cursor}),
@@ -94,6 +122,38 @@ def fleet(visit: Visit) -> Shown:
         "filters": {name: value for name, value in query.given.items() if name != "sort"},
     }
     return Shown("fleet.html", values, fragment="fleet_results.html")
+
+
+@PAGES.add("POST", f"{FLEET}/filters", Permission.CHANGE)
+def save_filter(visit: Visit) -> Moved:
+    """Save the filters of the list under a name: a group that has them."""
+    sent = visit.request.form
+    own = MultiDict([(name, value) for name, value in sent.items(multi=True) if name in SaveForm.model_fields])
+    form = read_fields(SaveForm, own)
+    others = [pair for pair in sent.items(multi=True) if pair[0].startswith(_PREFIX) and pair[1].strip()]
+    query = read_fields(FleetQuery, MultiDict([(name.removeprefix(_PREFIX), value) for name, value in others]))
+    if not isinstance(form, SaveForm) or not isinstance(query, FleetQuery):
+        raise TypeError("a model validates to itself")
+    if query.conditions is None:
+        raise InputInvalid("These filters cannot be saved: leave out connection, expiry and group.", [])
+    saved = visit.portal.groups.add(
+        visit.actor, form.name, form.description, saved=query.conditions, topics=None, validity_days=None
+    )
+    return Moved(f"{FLEET}?{urlencode({'group': saved.name})}")
+
+
+@PAGES.add("POST", f"{FLEET}/filters/remove", Permission.CHANGE)
+def remove_filter(visit: Visit) -> Moved:
+    """Remove a saved filter; devices stay as they are. A group with members is no saved filter."""
+    group = visit.portal.groups.group(visit.actor.tenant_id, visit.form(RemoveForm).group)
+    if group.filter is None:
+        raise StateConflict(f"The group {group.name} is no saved filter: its members were added.")
+    visit.portal.groups.remove(visit.actor, group.name)
+    return Moved(FLEET)
+
+
+def _title_of(group: GroupRecord) -> str:
+    return f"{group.name} (saved filter)" if group.filter is not None else f"{group.name} ({group.members:,})"
 
 
 @PAGES.add("GET", f"{FLEET}.csv", Permission.READ)
@@ -115,6 +175,7 @@ def filter_of(visit: Visit, query: FleetQuery) -> DeviceFilter:
         location=query.location,
         q=query.q,
         profile=query.profile,
+        group=query.group,
         attested=query.attested,
         sort=query.sort,
         connected=None if query.connected is None else _CONNECTED[query.connected],

@@ -170,3 +170,54 @@ def test_every_operator_reads_the_fleet(api: Api, browser_of: Callable[..., Brow
     api.register(name="pump")
     for role in (Role.ADMIN, Role.OPERATOR, Role.AUDITOR):
         assert names(browser_of(role).get("/ui/devices").text) == ["pump"]
+
+
+def test_a_filter_is_saved_under_a_name_found_by_it_and_removed(api: Api, browser: Browser) -> None:
+    api.register(name="a", type="pump", location="hall 1")
+    api.register(name="b", type="valve", location="hall 1")
+    assert "Save this filter" not in browser.get("/ui/devices").text
+    assert "Save this filter" not in browser.get("/ui/devices?connected=never&type=pump").text
+    assert "Save this filter" in browser.get("/ui/devices?type=pump").text
+    form = {"name": "pumps", "description": "all <b>", "filter_type": "pump", "filter_location": "hall 1"}
+    answer = browser.post("/ui/devices/filters", form)
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/ui/devices?group=pumps")
+    page = browser.get("/ui/devices?group=pumps").text
+    assert names(page) == ["a"]
+    assert "pumps (saved filter)" in page
+    assert "all &lt;b&gt;" in page
+    assert browser.post("/ui/devices/filters", form).status_code == 409
+    for wrong in ({"name": "Not a name"}, {"filter_connected": "true"}, {"filter_group": "pumps"}):
+        assert browser.post("/ui/devices/filters", form | {"name": "other"} | wrong).status_code == 422, wrong
+    assert browser.post("/ui/devices/filters", {"name": "all"}).status_code == 422
+    assert browser.post("/ui/devices/filters/remove", {"group": "pumps"}).status_code == 303
+    assert browser.get("/ui/devices?group=pumps").status_code == 404
+
+
+def test_a_group_with_members_is_a_filter_and_none_that_is_removed_as_a_saved_one(api: Api, browser: Browser) -> None:
+    first, _ = (api.register(name=name)["device_id"] for name in ("a", "b"))
+    assert api.post("/groups", {"name": "north"}).status_code == 201
+    assert api.post("/groups/north/members", {"add": [first]}).status_code == 200
+    page = browser.get("/ui/devices?group=north").text
+    assert names(page) == ["a"]
+    assert "north (1)" in page
+    assert "Remove this filter" not in page
+    assert browser.post("/ui/devices/filters/remove", {"group": "north"}).status_code == 409
+    assert 'href="/ui/devices?group=north"' in browser.get(f"/ui/devices/{first}").text
+
+
+def test_who_may_not_change_anything_saves_no_filter(api: Api, browser_of: Callable[..., Browser]) -> None:
+    api.register()
+    auditor = browser_of(Role.AUDITOR)
+    assert "Save this filter" not in auditor.get("/ui/devices?type=pump").text
+    assert auditor.post("/ui/devices/filters", {"name": "x", "filter_type": "pump"}).status_code == 403
+
+
+def test_no_page_has_an_id_twice_and_each_label_is_of_a_field(api: Api, browser: Browser) -> None:
+    device_id = api.register(type="pump")["device_id"]
+    paths = ("/ui", "/ui/devices?type=pump", f"/ui/devices/{device_id}", f"/ui/devices/{device_id}/edit")
+    for path in (*paths, "/ui/devices/register", "/ui/sessions"):
+        page = browser.get(path).text
+        ids = re.findall(r'\sid="([^"]+)"', page)
+        assert len(ids) == len({*ids}), path
+        for named in re.findall(r'(?:\sfor|aria-describedby|aria-labelledby|commandfor)="([^"]+)"', page):
+            assert {*named.split()} <= {*ids}, (path, named)
