@@ -19,7 +19,7 @@ from store.enrolment_tables import EnrolmentRow, ReenrolmentRow
 from store.tables import AuditEntry, AuditHead, Certificate, Device, Presence, WebhookDelivery
 from store.webhooks import DEAD
 
-MAX_OF_WEEK, MAX_CONNECTED, MAX_WAITING, MAX_EVENTS = 10_000, 100_000, 1_000, 2_000
+MAX_OF_WEEK, MAX_CONNECTED, MAX_WAITING, MAX_EVENTS = 5_000, 100_000, 1_000, 2_000
 
 
 @dataclass(frozen=True, slots=True)

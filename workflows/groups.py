@@ -200,8 +200,9 @@ class Groups:
         for start in range(0, max(len(add), len(remove)), CHANGED_AT_ONCE):
             part = slice(start, start + CHANGED_AT_ONCE)
             after = self.change_members(actor, name, add[part], remove[part])
-            if changed.enforced is not False:
-                changed = dataclasses.replace(changed, enforced=after.enforced, problem=after.problem)
+            worst = changed if changed.enforced is False else after
+            added, removed = changed.added + after.added, changed.removed + after.removed
+            changed = GroupChanged(after.group, added, removed, worst.enforced, worst.problem)
         return changed
 
     def _write_members(

@@ -1,4 +1,4 @@
-"""Suspends, resumes or revokes many devices: those selected, or all that match, after a preview of what would happen.
+"""Suspends, resumes, revokes or groups many devices: those selected, or all that match, after a preview.
 
 A preview changes nothing. What is confirmed is what was previewed: if other devices match by then, it is shown again.
 """
@@ -19,7 +19,7 @@ from core.errors import InputInvalid
 from core.roles import Permission
 from core.states import DeviceStatus
 from store.devices import DeviceFilter, DeviceRecord
-from web.api.fields import DeviceId, ReasonName
+from web.api.fields import DeviceId, GroupName, ReasonName
 from web.api.routing import RequestModel, read_fields
 from web.console.fleet import FLEET, PER_PAGE, FleetQuery, all_that_match, filter_of
 from web.console.pages import FORM_TOKEN, Pages, Shown, Visit
@@ -31,6 +31,7 @@ PAGES = Pages()
 PATH = f"{FLEET}/actions"
 SHOWN = 20  # devices that are listed by name
 _DEVICE_ID = TypeAdapter(DeviceId)
+_GROUPING = ("add", "remove")
 # What each action does to a device in a state: it changes it, or finds it so already; for all others it is refused.
 _CHANGES = {
     Action.REVOKE: {DeviceStatus.PENDING, DeviceStatus.ACTIVE, DeviceStatus.SUSPENDED},
@@ -47,9 +48,10 @@ _SO_ALREADY = {
 class ActionForm(RequestModel):
     """What is to be done to which devices; ``shown`` and ``count`` come from the preview."""
 
-    action: Literal["revoke", "suspend", "resume"]
+    action: Literal["revoke", "suspend", "resume", "add", "remove"]
     of: Literal["selected", "all"]
     reason: ReasonName = "unspecified"
+    to_group: GroupName | None = None
     shown: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     count: Annotated[str, Field(pattern="^[0-9]{1,6}$")] | None = None
 
@@ -58,7 +60,7 @@ class ActionForm(RequestModel):
 class Preview:
     """The devices that an action is for: those that it changes, those that are so already, those it is refused for."""
 
-    action: Action
+    action: str
     changed: Sequence[DeviceRecord]
     same: Sequence[DeviceRecord]
     refused: Sequence[DeviceRecord]
@@ -86,15 +88,29 @@ def preview(visit: Visit) -> Shown:
 def act(visit: Visit) -> Shown:
     """Do what was previewed, and show what came of it; to send it again does no harm."""
     form, query, ids = _read(visit)
-    action = Action(form.action)
-    found = _found(visit, action, form, query, ids)
+    found = _found(visit, form, query, ids)
     if form.shown is None or not hmac.compare_digest(form.shown, found.digest):
         return _preview(visit, form, query, ids, "What this would do has changed since you saw it. Look again.")
+    if form.action in _GROUPING:
+        return _group(visit, form, query, ids, found)
+    action = Action(form.action)
     if action is Action.REVOKE and form.count != str(len(found.changed)):
         return _preview(visit, form, query, ids, "To revoke them, enter how many there are.")
     names = {device.id: device.name for device in found.devices}
     answers = list(visit.portal.revocations.act(visit.actor, action, [*names], form.reason))
     return Shown("actions_done.html", {"action": form.action, "names": names, **_outcome(answers)})
+
+
+def _group(visit: Visit, form: ActionForm, query: FleetQuery, ids: Sequence[str], found: Preview) -> Shown:
+    """Add the devices to a group, or remove them from it; those that are in it, or not in it, stay so."""
+    if form.to_group is None:
+        return _preview(visit, form, query, ids, "Choose the group.")
+    devices = [device.id for device in found.changed]
+    add, remove = (devices, []) if form.action == "add" else ([], devices)
+    changed = visit.portal.groups.put(visit.actor, form.to_group, add, remove)
+    number = changed.added + changed.removed
+    values = {"group": changed.group, "number": number, "same": len(devices) - number, "problem": changed.problem}
+    return Shown("actions_grouped.html", {"action": form.action, **values})
 
 
 def _outcome(answers: Iterable[Revoked | Suspended | ActionRefused]) -> Mapping[str, Any]:
@@ -137,7 +153,7 @@ def _read(visit: Visit) -> tuple[ActionForm, FleetQuery, list[str]]:
     return form, query, ids
 
 
-def _found(visit: Visit, action: Action, form: ActionForm, query: FleetQuery, ids: Sequence[str]) -> Preview:
+def _found(visit: Visit, form: ActionForm, query: FleetQuery, ids: Sequence[str]) -> Preview:
     devices: list[DeviceRecord] = []
     if form.of == "selected":
         inventory, tenant_id = visit.portal.inventory, visit.actor.tenant_id
@@ -150,8 +166,11 @@ def _found(visit: Visit, action: Action, form: ActionForm, query: FleetQuery, id
             if len(devices) > MOST_AT_ONCE:
                 text = f"More than {MOST_AT_ONCE:,} devices match, which is too many for one action; narrow the list."
                 raise InputInvalid(text, [])
+    if form.action in _GROUPING:
+        return Preview(form.action, devices, [], [])
+    action = Action(form.action)
     return Preview(
-        action,
+        form.action,
         [device for device in devices if device.status in _CHANGES[action]],
         [device for device in devices if device.status is _SO_ALREADY[action]],
         [device for device in devices if device.status not in {*_CHANGES[action], _SO_ALREADY[action]}],
@@ -159,8 +178,10 @@ def _found(visit: Visit, action: Action, form: ActionForm, query: FleetQuery, id
 
 
 def _preview(visit: Visit, form: ActionForm, query: FleetQuery, ids: Sequence[str], problem: str = "") -> Shown:
-    found = _found(visit, Action(form.action), form, query, ids)
+    found = _found(visit, form, query, ids)
+    groups = visit.portal.groups.groups(visit.actor.tenant_id) if form.action in _GROUPING else ()
     values = {
+        "groups": [(group.name, group.name) for group in groups if group.filter is None],
         "preview": found,
         "form": form,
         "filters": {name: value for name, value in query.given.items() if name != "sort"},

@@ -190,3 +190,23 @@ def test_names_are_shown_as_they_are(api: Api, browser: Browser) -> None:
     for name in STORED:
         assert f'<bdi class="stored">{escape(name)}</bdi>' in page
     assert "<script>alert" not in page
+
+
+def test_devices_are_added_to_a_group_and_removed_from_it_and_not_to_a_saved_filter(api: Api, browser: Browser) -> None:
+    first, second = registered(api, "a", "b")
+    page = preview(browser, "add", [first, second]).text
+    assert "no group that has members of its own" in page
+    for name, body in (("north", {}), ("pumps", {"filter": {"type": "pump"}})):
+        assert api.post("/groups", {"name": name, **body}).status_code == 201
+    page = preview(browser, "add", [first, second]).text
+    assert "Add 2 devices to a group?" in text_of(page)
+    assert '<option value="north">' in page
+    assert '<option value="pumps">' not in page
+    assert confirm(browser, page).status_code == 409
+    assert "2 devices added to north" in text_of(confirm(browser, page, to_group="north").text)
+    assert "0 devices added to north" in text_of(confirm(browser, page, to_group="north").text)
+    assert confirm(browser, page, to_group="pumps").status_code == 409
+    assert confirm(browser, page, to_group="nothing").status_code == 404
+    page = preview(browser, "remove", [first]).text
+    assert "1 device removed from north" in text_of(confirm(browser, page, to_group="north").text)
+    assert api.get("/groups/north").json["members"] == 1
