@@ -33,5 +33,6 @@ pages or as a notice for htmx, the way to the login and back. What a screen must
 - have a state for nothing there (the macro ``empty``) that says what to do next, and a way back (``crumbs``);
 - give each ``td`` of a table a ``data-label``, its name on a phone, and the first ``cell-lead``;
 - read at most a page of rows, by the cursors of the use case: nothing whose cost grows with the fleet;
+- have a line in ``tests/system/test_console.py:SCREENS``, by which a browser and axe-core look at it;
 - write no style and no script into a page: the policy forbids both. Looks are classes of ``static/console.css``.
 """

@@ -1,0 +1,204 @@
+"""The console in a real browser: each screen at each width, light and dark, and by the keyboard alone."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, StorageState, expect
+
+from bench.fleet import add_fleet
+from tests.support.chromium import DESKTOP, PHONE, VIEWS, View, Watched, chromium, opened
+from tests.support.deployment import Deployment
+
+pytestmark = pytest.mark.system
+DEVICES, MANY = 120, 10_000
+FILLS = ("empty", "filled")
+WIDE = "W" * 128
+
+
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """A page of the console: its path, and its heading; ``{device}`` stands for a device."""
+
+    name: str
+    path: str
+    heading: str
+    fills: tuple[str, ...] = FILLS
+    opens: str = ""  # the button of a dialog that is looked at, too
+
+
+SCREENS = (
+    Screen("fleet", "/ui/devices", "Fleet", opens="Register"),
+    Screen("search", "/ui/devices?q=pump&sort=name", "Fleet"),
+    Screen("device", "/ui/devices/{device}", WIDE, ("filled",), opens="Revoke"),
+    Screen("revoked", "/ui/devices/{revoked}", "pump-0000001", ("filled",)),
+    Screen("edit", "/ui/devices/{device}/edit", "Edit", ("filled",)),
+    Screen("register", "/ui/devices/register", "Register a device", ("empty",)),
+    Screen("sessions", "/ui/sessions", "Sessions"),
+)
+CASES = [(screen, fill) for screen in SCREENS for fill in screen.fills]
+
+
+@dataclass
+class Place:
+    """A portal whose first tenant has devices and whose second has none, with a browser that is logged in to both."""
+
+    deployment: Deployment
+    browser: Browser
+    states: dict[str, StorageState]
+    ids: dict[str, str]
+
+    @contextlib.contextmanager
+    def page(self, fill: str = "filled", view: View | None = None) -> Iterator[Watched]:
+        with opened(self.browser, self.deployment.url, view, state=self.states[fill]) as watched:
+            yield watched
+
+
+@contextlib.contextmanager
+def place(devices: int) -> Iterator[Place]:
+    with contextlib.ExitStack() as stack:
+        deployment = Deployment(PORTAL_ENFORCE_TIMEOUT="2")  # for so long the answer to a revocation waits
+        stack.callback(deployment.__exit__, None, None, None)
+        deployment.make_data_folder()
+        add_fleet(deployment.data, devices, revoked=10)
+        deployment.run_flask("init")  # the broker's files have the devices, too
+        deployment.start_broker()
+        deployment.start_portal()
+        browser = stack.enter_context(chromium())
+        ids = {
+            "device": deployment.register(name=WIDE, location=WIDE, metadata={"note": WIDE})["device_id"],
+            "revoked": deployment.call("GET", "/devices?q=pump-0000001").json()["devices"][0]["device_id"],
+        }
+        added = deployment.call("POST", "/tenants", {"name": "empty"})
+        assert added.status_code == 201, added.text
+        states = {}
+        for fill, token in (("filled", deployment.operator["PORTAL_TOKEN"]), ("empty", added.json()["token"])):
+            with opened(browser, deployment.url) as watched:
+                watched.log_in(token)
+                states[fill] = watched.page.context.storage_state()
+        yield Place(deployment, browser, states, ids)
+
+
+@pytest.fixture(scope="module")
+def console() -> Iterator[Place]:
+    with place(DEVICES) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def large() -> Iterator[Place]:
+    with place(MANY) as made:
+        yield made
+
+
+def look(console: Place, screen: Screen, fill: str, view: View) -> None:
+    """Open a screen, and its dialog; fails on anything that is wrong with what is seen."""
+    with console.page(fill, view) as watched:
+        page = watched.open(screen.path.format_map(console.ids))
+        expect(page.get_by_role("heading", level=1)).to_have_text(screen.heading)
+        faults = watched.faults()
+        if screen.opens:
+            page.get_by_role("button", name=screen.opens, exact=True).first.click()
+            expect(page.get_by_role("dialog")).to_be_visible()
+            faults += watched.faults()
+        assert not faults
+
+
+@pytest.mark.parametrize(
+    ("screen", "fill", "view"),
+    [(*case, VIEWS[number % len(VIEWS)]) for number, case in enumerate(CASES)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_screen_is_accessible_fits_its_window_and_asks_nobody_else(
+    console: Place, screen: Screen, fill: str, view: View
+) -> None:
+    look(console, screen, fill, view)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("view", VIEWS, ids=str)
+@pytest.mark.parametrize(("screen", "fill"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+def test_each_screen_does_so_in_each_window_with_ten_thousand_devices(
+    large: Place, screen: Screen, fill: str, view: View
+) -> None:
+    look(large, screen, fill, view)
+
+
+@pytest.mark.parametrize("view", [View(PHONE, "dark"), View(DESKTOP, "light")], ids=str)
+def test_so_are_the_login_an_error_and_what_is_not_there(console: Place, view: View) -> None:
+    with opened(console.browser, console.deployment.url, view) as watched:
+        page = watched.open("/ui/login?next=/ui")
+        faults = watched.faults()
+        page.get_by_label("Operator token").fill("op_wrong")
+        page.get_by_role("button", name="Log in", exact=True).click()
+        expect(page.get_by_role("alert")).to_be_visible()
+        watched.complaints.clear()  # Chromium itself notes the status
+        faults += watched.faults()
+        assert not faults
+    with console.page("filled", view) as watched:
+        watched.page.goto("/ui/devices/00000000-0000-4000-8000-000000000000")
+        expect(watched.page.get_by_role("heading", level=1)).to_be_visible()
+        watched.complaints.clear()
+        assert not watched.faults()
+        watched.page.get_by_role("link", name="Fleet").first.click()
+        expect(watched.page).to_have_url(re.compile("/ui/devices$"))
+
+
+def test_a_search_shows_devices_as_it_is_typed_and_the_address_has_it(console: Place) -> None:
+    with console.page() as watched:
+        page = watched.open("/ui/devices")
+        rows = page.locator("#results tbody tr")
+        expect(rows).to_have_count(50)
+        page.get_by_role("searchbox").press_sequentially("0000017", delay=30)
+        expect(rows).to_have_count(1)
+        expect(rows.get_by_role("link")).to_have_text("pump-0000017")
+        expect(page).to_have_url(re.compile(r"/ui/devices\?q=0000017$"))
+        page.get_by_label("Status").select_option("revoked")
+        expect(page.get_by_text("No matching devices")).to_be_visible()
+        page.go_back()
+        expect(rows).to_have_count(1)
+        assert not watched.complaints + watched.elsewhere
+
+
+def test_a_reader_without_a_mouse_gets_everywhere(console: Place) -> None:
+    with console.page() as watched:
+        page = watched.open("/ui/devices")
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+        page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Register", exact=True)).to_be_focused()
+        page.keyboard.press("/")
+        expect(page.get_by_role("searchbox")).to_be_focused()
+        page.keyboard.type("0000019")
+        link = page.get_by_role("link", name="pump-0000019")
+        expect(page.locator("#results tbody tr")).to_have_count(1)
+        until_focused(page, link)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", level=1)).to_have_text("pump-0000019")
+        revoke = page.get_by_role("button", name="Revoke", exact=True)
+        until_focused(page, revoke)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("dialog")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog")).to_be_hidden()
+        expect(revoke).to_be_focused()
+        until_focused(page, page.locator("details.account summary"), back=True)
+        page.keyboard.press("Enter")
+        until_focused(page, page.get_by_role("link", name="Sessions"))
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", level=1)).to_have_text("Sessions")
+
+
+def until_focused(page: Page, wanted: Locator, *, back: bool = False) -> None:
+    """Press Tab until the element has the focus; fails if thirty do not suffice, or the focus cannot be seen."""
+    for _ in range(30):
+        page.keyboard.press("Shift+Tab" if back else "Tab")
+        if wanted.evaluate("(one) => one === document.activeElement"):
+            assert wanted.evaluate("(one) => getComputedStyle(one).outlineStyle") != "none"
+            return
+    raise AssertionError(f"no Tab leads to {wanted}")
