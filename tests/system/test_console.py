@@ -1,18 +1,22 @@
-"""The console in a real browser: each screen at each width, light and dark, and by the keyboard alone."""
+"""The console in a real browser: each screen at each width, light and dark; and what a stranger does with it alone."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, StorageState, expect
 
 from bench.fleet import add_fleet
 from tests.support.chromium import DESKTOP, PHONE, VIEWS, View, Watched, chromium, opened
-from tests.support.deployment import Deployment
+from tests.support.deployment import Deployment, Onboarded, wait_until
 
 pytestmark = pytest.mark.system
 DEVICES, MANY = 120, 10_000
@@ -202,3 +206,69 @@ def until_focused(page: Page, wanted: Locator, *, back: bool = False) -> None:
             assert wanted.evaluate("(one) => getComputedStyle(one).outlineStyle") != "none"
             return
     raise AssertionError(f"no Tab leads to {wanted}")
+
+
+STEPS = ["Recorded", "Denied", "Cut", "Refused", "Enforced"]
+
+
+def test_a_stranger_registers_a_device_puts_it_on_the_broker_and_revokes_it_by_the_console_alone(
+    console: Place, tmp_path: Path
+) -> None:
+    deployment = console.deployment
+    with opened(console.browser, deployment.url) as watched:
+        watched.log_in(deployment.operator["PORTAL_TOKEN"])
+        page = watched.open("/ui/devices")
+        page.get_by_role("button", name="Register", exact=True).click()
+        form = page.get_by_role("dialog")
+        for label, text in (("Name", "pump 9"), ("Type", "pump"), ("Location", "hall 1"), ("Firmware", "1.0")):
+            form.get_by_label(label, exact=True).fill(text)
+        form.get_by_role("button", name="Register").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Registered")
+        expect(page.get_by_role("img", name="QR code of the link")).to_be_visible()
+        link, password = page.locator("#link").inner_text(), page.locator("#password").inner_text()
+        page.get_by_role("link", name="To the device").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("pump 9")
+        device = fetched(link, password, page.url.rpartition("/")[2], deployment, tmp_path)
+        client = device.client()
+        assert not client.is_refused(f"devices/{device.id}/up")
+        seen = page.locator(".badge", has_text="Connected")
+        wait_until(lambda: page.reload() is not None and seen.count() > 0)  # once the broker has reported it
+        with standing_still(deployment):  # so that each step can be seen pending
+            page.get_by_role("button", name="Revoke", exact=True).click()
+            page.get_by_role("dialog").get_by_role("button", name="Revoke it now").click()
+            expect(page.get_by_role("heading", name="Revoked: taking hold")).to_be_visible()
+            expect(page.locator(".step strong")).to_have_text(STEPS)
+            expect(page.locator(".step-pending strong")).to_have_text(STEPS[1:])
+        assert client.wait_cut()
+        expect(page.get_by_role("heading", name="Revoked, and kept out")).to_be_visible(timeout=30_000)
+        expect(page.locator(".step-pending")).to_have_count(0)
+        shown = page.locator(".step strong").all_inner_texts()
+        assert (shown[0], shown[-1], sorted(shown)) == ("Recorded", "Enforced", sorted(STEPS))
+        assert all(re.fullmatch(r"[\d.,]+ m?s", time) for time in page.locator(".step-time").all_inner_texts())
+        assert not watched.complaints + watched.elsewhere
+    client.close()
+    assert device.refusal()
+
+
+def fetched(link: str, password: str, device_id: str, deployment: Deployment, folder: Path) -> Onboarded:
+    """Fetch a bundle as the link's page is read on a machine that has curl and 7z."""
+    bundle = folder / "bundle.zip"
+    run(["curl", "-fsS", "--noproxy", "*", "--cacert", deployment.operator["PORTAL_CA"], "-o", str(bundle), link])
+    run(["7z", "x", "-y", f"-p{password}", f"-o{folder}", str(bundle)])
+    return Onboarded(device_id, folder, deployment.mqtt_port)
+
+
+@contextlib.contextmanager
+def standing_still(deployment: Deployment) -> Iterator[None]:
+    """The broker does nothing for the body of a ``with``."""
+    assert deployment.broker is not None
+    os.kill(deployment.broker.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(deployment.broker.pid, signal.SIGCONT)
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
