@@ -405,6 +405,7 @@ class WaitingDevice:
     token_id: str | None
     manufacturer_id: str | None
     asked_at: datetime
+    serial: str | None
 
 
 _CREDENTIAL = (EnrolmentRow.token_id, EnrolmentRow.manufacturer_id)
@@ -415,7 +416,8 @@ def waiting_enrolments(tx: Connection, tenant_id: str, *, limit: int) -> Sequenc
     """Return the devices whose first request waits, the longest waiting first."""
     query = (
         sa.select(
-            Device.id, Device.name, sa.false(), EnrolmentRow.key_fingerprint, *_CREDENTIAL, EnrolmentRow.created_at
+            Device.id, Device.name, sa.false(), EnrolmentRow.key_fingerprint, *_CREDENTIAL, EnrolmentRow.created_at,
+            EnrolmentRow.serial,
         )
         .join(Device, _DEVICE_OF_ENROLMENT)
         .where(EnrolmentRow.tenant_id == tenant_id, _FIRST_WAITS, Device.status == DeviceStatus.PENDING)
@@ -428,7 +430,8 @@ def waiting_reenrolments(tx: Connection, tenant_id: str, *, limit: int) -> Seque
     """Return the active devices whose request for another key waits, the longest waiting first."""
     query = (
         sa.select(
-            Device.id, Device.name, sa.true(), ReenrolmentRow.key_fingerprint, *_CREDENTIAL, ReenrolmentRow.asked_at
+            Device.id, Device.name, sa.true(), ReenrolmentRow.key_fingerprint, *_CREDENTIAL, ReenrolmentRow.asked_at,
+            EnrolmentRow.serial,
         )
         .select_from(ReenrolmentRow)
         .join(EnrolmentRow, EnrolmentRow.id == ReenrolmentRow.enrolment_id)

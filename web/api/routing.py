@@ -452,13 +452,15 @@ def _read_form(model: type[BaseModel], request: Request, *, optional: bool) -> B
     return read_fields(model, MultiDict(pairs))
 
 
-def read_fields(model: type[BaseModel], fields: MultiDict[str, str]) -> BaseModel:
-    """Return the fields of a query, or of a form, as a model; raises ``InputInvalid``."""
+def read_fields(
+    model: type[BaseModel], fields: MultiDict[str, str], lists: Mapping[str, list[str]] | None = None
+) -> BaseModel:
+    """Return the fields of a query, or of a form with its ``lists``, as a model; raises ``InputInvalid``."""
     repeated = [name for name in fields if len(fields.getlist(name)) > 1]
     if repeated:
         raise _refused([FieldProblem(_shown(repeated[0]), "is given more than once")])
     try:
-        return model.model_validate(fields.to_dict())
+        return model.model_validate({**fields.to_dict(), **(lists or {})})
     except ValidationError as error:
         raise input_invalid(error) from None
 

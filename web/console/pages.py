@@ -14,7 +14,7 @@ A handler calls the same use cases as ``web/api`` does, and raises the same erro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -175,14 +175,16 @@ class Visit:
         """Return the query as a model; a field that is empty is one that is left out. Raises ``InputInvalid``."""
         return _read(model, self.request.args)
 
-    def form(self, model: type[_M]) -> _M:
-        """Return the form as a model, in the same way; raises ``InputInvalid``."""
-        return _read(model, self.request.form)
+    def form(self, model: type[_M], *, many: Collection[str] = ()) -> _M:
+        """Return the form as a model, in the same way; the fields ``many`` are lists. Raises ``InputInvalid``."""
+        return _read(model, self.request.form, many)
 
 
-def _read(model: type[_M], fields: MultiDict[str, str]) -> _M:
+def _read(model: type[_M], fields: MultiDict[str, str], many: Collection[str] = ()) -> _M:
     given = [(name, value) for name, value in fields.items(multi=True) if value.strip() and name != FORM_TOKEN]
-    found = read_fields(model, MultiDict(given))
+    lists = {name: [value for one, value in given if one == name] for name, _ in given if name in many}
+    single = MultiDict([pair for pair in given if pair[0] not in many])
+    found = read_fields(model, single, lists)
     if not isinstance(found, model):
         raise TypeError("a model validates to itself")
     return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy.engine import Connection
 
@@ -27,6 +28,8 @@ from workflows.tenants import TenantDirectory
 
 REJECTED = "privilege_withdrawn"  # the reason, of RFC 5280 section 5.3.1, that a rejected device is revoked with
 MAX_LISTED = 1000
+ASKING = ("device:ask", "device:ask_again")  # the actions of a device in the audit record
+MAX_LOOKED_AT = 20  # entries about a device, newest first
 
 
 @dataclass(eq=False, repr=False)
@@ -83,21 +86,27 @@ class Approvals:
                 audit.record(tx, actor, "device:approve", f"device:{device_id}", at=now, key_fingerprint=key)
         return device.status
 
-    def reject(self, actor: Actor, device_id: str) -> DeviceStatus:
+    def reject(
+        self, actor: Actor, device_id: str, key_fingerprint: str | None = None, *, why: str | None = None
+    ) -> DeviceStatus:
         """Revoke a pending device for good; a repeat changes nothing.
 
-        If an active device asks with another key, only that key is rejected. Returns the device's status. Raises
-        ``DeviceNotFound``, and ``StateConflict`` if the device has not asked.
+        If an active device asks with another key, only that key is rejected. With a ``key_fingerprint`` only that key
+        is. ``why`` is for the audit record. Returns the device's status. Raises ``DeviceNotFound``, and
+        ``StateConflict`` if the device has not asked, or asks with another key.
         """
-        now = self._clock()
+        now, detail = self._clock(), {} if why is None else {"why": why}
         with self._database.transaction() as tx:
             device, enrolment, asked = self._asked(tx, actor.tenant_id, device_id)
             if device.status is DeviceStatus.REVOKED and device.revocation_reason == REJECTED:
                 return device.status
+            key = asked or enrolment
+            if key_fingerprint is not None and key is not None and key.key_fingerprint != key_fingerprint:
+                raise StateConflict("The device asks with another key now; look at that key before you reject it.")
             if asked is not None:
                 if asked.status is EnrolmentStatus.APPROVED:
                     raise StateConflict("This key is approved already; suspend or revoke the device instead.")
-                self._decide(tx, actor, device_id, asked, EnrolmentStatus.REJECTED, now)
+                self._decide(tx, actor, device_id, asked, EnrolmentStatus.REJECTED, now, detail)
                 return device.status
             self._check_pending(device, "rejected")
             if enrolment is not None:
@@ -110,7 +119,7 @@ class Approvals:
             )
             events.record(tx, actor.tenant_id, EventType.REVOKED, device_id, at=now, reason=REJECTED)
             count_clients(tx, actor.tenant_id, -1)
-            audit.record(tx, actor, "device:reject", f"device:{device_id}", at=now)
+            audit.record(tx, actor, "device:reject", f"device:{device_id}", at=now, **detail)
         return DeviceStatus.REVOKED
 
     def _asked(
@@ -131,13 +140,15 @@ class Approvals:
         asked: ReenrolmentRecord,
         status: EnrolmentStatus,
         now: datetime,
+        detail: Mapping[str, str] | None = None,
     ) -> None:
         key = asked.key_fingerprint
         if store_enrolment.decide_reenrolment(
             tx, actor.tenant_id, asked.enrolment_id, key_fingerprint=key, status=status, decided_at=now
         ):
             action = "device:approve" if status is EnrolmentStatus.APPROVED else "device:reject"
-            audit.record(tx, actor, action, f"device:{device_id}", at=now, key_fingerprint=key, again=True)
+            told: dict[str, Any] = {"key_fingerprint": key, "again": True, **(detail or {})}
+            audit.record(tx, actor, action, f"device:{device_id}", at=now, **told)
 
     def _check_pending(self, device: DeviceRecord, wanted: str) -> None:
         if device.status is not DeviceStatus.PENDING:
@@ -161,3 +172,15 @@ class Approvals:
             first = store_enrolment.waiting_enrolments(tx, tenant_id, limit=MAX_LISTED)
             again = store_enrolment.waiting_reenrolments(tx, tenant_id, limit=MAX_LISTED)
         return sorted((*first, *again), key=lambda asking: asking.asked_at)[:MAX_LISTED]
+
+    def addresses(self, tenant_id: str, device_ids: Sequence[str]) -> Mapping[str, str]:
+        """Return from which address each device has asked last, by its id; those are left out that have not."""
+        found: dict[str, str] = {}
+        with self._database.snapshot() as tx:
+            for device_id in device_ids:
+                of = {"object": f"device:{device_id}"}
+                entries = audit.list_audit_entries(tx, tenant_id, limit=MAX_LOOKED_AT, filters=of)
+                asked = [one.address for one in entries if one.action in ASKING]
+                if asked:
+                    found[device_id] = asked[0]
+        return found
