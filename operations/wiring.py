@@ -316,7 +316,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         profiles=CertificateProfiles(database, authority, clock),
         groups=Groups(settings, database, tenant_terms, reconciler, clock),
         enrolment=_enrolments(base, shared),
-        enrolment_tokens=EnrolmentTokens(database, clock),
+        enrolment_tokens=EnrolmentTokens(database, clock, answers),
         manufacturers=Manufacturers(database, shared.clients, clock),
         approvals=Approvals(settings, database, tenant_terms, clock),
         nonces=shared.nonces,
@@ -327,7 +327,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
             settings, database, tenant_terms, reconciler.crls.sign_put_off, follower.contact, base.broker
         ),
         overviews=Overviews(database, clock),
-        operators=(operators := Operators(database, shared.throttle, clock)),
+        operators=(operators := Operators(database, shared.throttle, clock, answers)),
         sign_on=_sign_on(base, operators),
         sessions=Sessions(database, operators, clock),
         audit_logs=base.audit_logs,

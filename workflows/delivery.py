@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TypeVar
@@ -192,6 +193,24 @@ class Sealed:
     request_hash: str
 
 
+@dataclass(frozen=True, slots=True)
+class MadeSecret:
+    """A secret that is shown once, with the kind and the id of what it is for."""
+
+    kind: str
+    id: str
+    secret: str = field(repr=False)
+
+    def to_json(self) -> bytes:
+        """Return it as it is kept, encrypted, for a repeat of its request."""
+        return json.dumps([self.kind, self.id, self.secret]).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> MadeSecret:
+        """Read what was kept."""
+        return cls(*json.loads(content))
+
+
 @dataclass(eq=False, repr=False)
 class KeptAnswers:
     """Keeps answers encrypted under their idempotency keys, of which only hashes are stored."""
@@ -228,6 +247,30 @@ class KeptAnswers:
                     raise
         self._record(sealed, kept, {})
         return read(sealed.seal.open(kept.sealed)), kept.generation
+
+    def secret_once(
+        self,
+        actor: Actor,
+        idempotency_key: str | None,
+        wanted: Sequence[object],
+        new: MadeSecret,
+        write: Callable[[Connection], None],
+    ) -> MadeSecret:
+        """Have ``write`` record what a ``new`` secret is for, and return it.
+
+        A repeat of what is ``wanted`` with the same key writes nothing, and returns the secret of the first request.
+        Raises ``IdempotencyConflict``.
+        """
+        sealed = self.seal(actor, idempotency_key, json.dumps([new.kind, *wanted], default=str).encode())
+
+        def make() -> tuple[MadeSecret, int]:
+            with self._database.transaction() as tx:
+                write(tx)
+                if sealed is not None:
+                    self.keep(tx, sealed, new.to_json(), device_id=None, generation=0)
+            return new, 0
+
+        return self.once(sealed, MadeSecret.from_json, make)[0]
 
     def _find(self, sealed: Sealed) -> deliveries.SealedAnswer | None:
         with self._database.snapshot() as tx:

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from sqlalchemy.engine import Connection
 
 from core import roles
-from core.errors import Forbidden, LastAdminToken, LinkUsed, TooManyAttempts
+from core.errors import Forbidden, LastAdminToken, LinkUsed, NotFound, TooManyAttempts
 from core.roles import Role
 from core.server_command import server_command
 from core.throttle import Throttle
@@ -21,6 +21,7 @@ from store.database import Database
 from store.scope import ALL_TENANTS
 from store.tenants import TokenRecord
 from workflows import events
+from workflows.delivery import KeptAnswers, MadeSecret
 from workflows.events import EventType
 
 ONLY_SYSTEM = "Only an operator of the role system may make or revoke a token of that role."
@@ -35,6 +36,7 @@ class Operators:
     _database: Database
     _throttle: Throttle
     _clock: Callable[[], datetime]
+    _answers: KeptAnswers
 
     def authenticate(self, secret: str) -> TokenRecord | None:
         """Return the token with this secret, if it is valid now."""
@@ -42,20 +44,33 @@ class Operators:
             record = tenants.find_token(tx, secret)
         return record if record is not None and record.is_valid(self._clock()) else None
 
-    def create(self, actor: Actor, name: str, role: Role, life: timedelta | None) -> tuple[str, TokenRecord]:
+    def create(
+        self, actor: Actor, name: str, role: Role, life: timedelta | None, idempotency_key: str | None = None
+    ) -> tuple[str, TokenRecord]:
         """Create a token; returns its secret, which is stored nowhere, with its record.
 
-        Raises ``Forbidden`` if the role is that above the tenants, and the actor does not have it.
+        Requests with one ``idempotency_key`` create one. Raises ``Forbidden`` if the role is that above the tenants,
+        and the actor does not have it, and ``IdempotencyConflict``.
         """
         if role is Role.SYSTEM and actor.role != Role.SYSTEM:
             raise Forbidden(ONLY_SYSTEM)
         now = self._clock()
         expires_at = None if life is None else now + life
         secret, record = new_token(actor.tenant_id, name, role, expires_at, now=now)
-        with self._database.transaction() as tx:
+
+        def write(tx: Connection) -> None:
             tenants.add_token(tx, record, secret=secret)
             audit.record(tx, actor, "token:create", f"token:{record.id}", at=now, name=name, role=role)
-        return secret, record
+
+        new = MadeSecret("token", record.id, secret)
+        made = self._answers.secret_once(actor, idempotency_key, [name, role, life], new, write)
+        return made.secret, record if made.id == record.id else self._token(actor.tenant_id, made.id)
+
+    def _token(self, tenant_id: str, token_id: str) -> TokenRecord:
+        found = [one for one in self.tokens(tenant_id) if one.id == token_id]
+        if not found:
+            raise NotFound("No operator token has this id.")
+        return found[0]
 
     def enrolment_tokens_of(self, tenant_id: str, token_id: str) -> int:
         """Return how many enrolment tokens that a token has made still admit devices."""

@@ -221,6 +221,7 @@ Time = Annotated[datetime, Field(json_schema_extra={"format": "date-time"}), Bef
 # The BeforeValidator comes last: before the Field it would hide the limits from the OpenAPI text.
 Limit = Annotated[int, Field(ge=1, le=200), BeforeValidator(_read_integer)]
 Flag = Annotated[bool, BeforeValidator(_read_flag)]
+IntegerText = BeforeValidator(_read_integer)  # for an integer in a form, where everything is text
 WholeNumber = BeforeValidator(_read_whole_number)
 Cursor = Annotated[str, Field(max_length=903, pattern=_CURSOR)]
 NumericCursor = Annotated[str, Field(pattern=_NUMERIC_CURSOR)]

@@ -34,7 +34,7 @@ ENTRIES = (
     Entry("Overview", HOME, "overview", (Permission.READ,)),
     Entry("Fleet", "/ui/devices", "fleet", (Permission.READ,)),
     Entry("Waiting", "/ui/waiting", "waiting", (Permission.READ,)),
-    Entry("Access", "/ui/access", "access", (Permission.TOKENS, Permission.CHANGE)),
+    Entry("Access", "/ui/access", "access", (Permission.READ,)),
     Entry("Record", "/ui/record", "record", (Permission.AUDIT,)),
 )
 

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from core.errors import NotFound
-from web.console import actions, device, device_changes, fleet, login, overview, registration, sign_on, waiting
+from web.console import (
+    access,
+    actions,
+    device,
+    device_changes,
+    enrolment,
+    fleet,
+    login,
+    overview,
+    registration,
+    sign_on,
+    waiting,
+)
 from web.console.pages import Page, Pages, Shown, Visit
 
 _REST = Pages()
@@ -15,5 +27,5 @@ def nothing_here(_visit: Visit, rest: str) -> Shown:
     raise NotFound(f"The console has no page /ui/{rest[:100]}.")
 
 
-_SCREENS = (overview, fleet, actions, registration, device, device_changes, waiting, login, sign_on)
+_SCREENS = (overview, fleet, actions, registration, device, device_changes, waiting, access, enrolment, login, sign_on)
 PAGES: list[Page] = [page for screen in _SCREENS for page in screen.PAGES] + _REST

@@ -30,6 +30,7 @@ from workflows.attestation.appraisal import NOT_APPRAISED, Appraised
 from workflows.attestation.nonces import NonceHolder
 from workflows.attestation.policies import PolicyRequest, check_policy, set_policy
 from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
+from workflows.delivery import KeptAnswers, MadeSecret
 from workflows.enrolment.clients import ManufacturedClient
 from workflows.groups import with_life
 from workflows.profiles import find_profiles
@@ -257,6 +258,7 @@ class EnrolmentTokens:
 
     _database: Database
     _clock: Callable[[], datetime]
+    _answers: KeptAnswers
 
     def create(
         self,
@@ -268,27 +270,36 @@ class EnrolmentTokens:
         count: int,
         life: timedelta,
         attestation: PolicyRequest | None = None,
+        idempotency_key: str | None = None,
     ) -> tuple[str, EnrolmentTokenRecord]:
         """Create a token for one pending device, or for ``count`` new ones; returns its secret with its record.
 
-        With ``attestation`` its devices have to show evidence. Raises ``DeviceNotFound``, ``StateConflict`` for a
-        device that is not pending, ``Forbidden`` for more than the role may make, ``ProfileRefused`` for a certificate
-        profile that nobody could enrol under, ``AttestationPolicyInvalid``.
+        With ``attestation`` its devices have to show evidence. Requests with one ``idempotency_key`` create one. Raises
+        ``DeviceNotFound``, ``StateConflict`` for a device that is not pending, ``Forbidden`` for more than the role may
+        make, ``ProfileRefused`` for a profile that nobody could enrol under, ``AttestationPolicyInvalid``.
         """
         _check_limits(actor, count, life)
         now, secret = self._clock(), TOKEN_PREFIX + secrets.token_urlsafe(32)
         if attestation is not None:
             check_policy(actor, attestation, now=now)
-        record = _unused(actor, name, profile, device_id=device_id, count=count, now=now, ends=now + life)
-        with self._database.transaction() as tx:
+        unused = _unused(actor, name, profile, device_id=device_id, count=count, now=now, ends=now + life)
+
+        def write(tx: Connection) -> None:
             _check_pending(tx, actor.tenant_id, device_id)
             check_enrolment_profile(tx, actor.tenant_id, profile)
-            record = with_policy(tx, actor, record, attestation, now=now)
+            record = with_policy(tx, actor, unused, attestation, now=now)
             enrolment.add_enrolment_token(tx, record, secret=secret)
             detail = {"name": name, **in_audit(profile), **policies.in_audit(attestation, now=now)}
             detail |= {"device_id": device_id} if device_id else {"count": count}
             audit.record(tx, actor, "enrolment_token:create", f"enrolment_token:{record.id}", at=now, **detail)
-        return secret, record
+
+        new, wanted = (
+            MadeSecret("enrolment_token", unused.id, secret),
+            [name, profile, device_id, count, life, attestation],
+        )
+        made = self._answers.secret_once(actor, idempotency_key, wanted, new, write)
+        with self._database.snapshot() as tx:
+            return made.secret, enrolment.get_enrolment_token(tx, actor.tenant_id, made.id)
 
     def revoke(self, actor: Actor, token_id: str) -> EnrolmentTokenRecord:
         """Revoke a token at once; devices that have enrolled with it keep working. Raises ``NotFound``."""

@@ -48,7 +48,7 @@ def test_where_nobody_waits_the_page_says_who_would(browser: Browser) -> None:
     page = browser.get(PATH)
     assert page.status_code == 200
     assert "Nobody waits" in page.text
-    assert "portal enrolment create" in page.text
+    assert 'href="/ui/access/enrolment/new"' in page.text
 
 
 def test_what_is_known_of_a_request_is_shown_in_the_list_and_on_its_page(
