@@ -226,7 +226,9 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     write_trust_anchors(settings, authority.current.broker_ca)
     seal = SecretSeal(bytes.fromhex(secret_file(folder / "webhook-key", lambda: secrets.token_hex(32))))
     sender = Sender(settings.webhook_allow, settings.webhook_ca_file, seal)
-    webhooks = Webhooks(database, sender, seal, subscribed, settings.webhook_allow, clock)
+    pepper = bytes.fromhex(secret_file(folder / "idempotency-pepper", lambda: secrets.token_hex(32)))
+    answers = KeptAnswers(database, pepper, clock)
+    webhooks = Webhooks(database, sender, seal, subscribed, settings.webhook_allow, answers, clock)
     webhooks.look_for_any()
     broker, probes = BrokerProvisioning(settings, clock), probe_certificates(settings)
     return _Foundation(
@@ -240,7 +242,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         broker=broker,
         reconciler=Reconciler(settings, database, authority, broker, probes, clock, first_tenant),
         link_keys=secret_file(folder / "link-keys", lambda: secrets.token_urlsafe(32)).split(),
-        pepper=bytes.fromhex(secret_file(folder / "idempotency-pepper", lambda: secrets.token_hex(32))),
+        pepper=pepper,
         sender=sender,
         webhooks=webhooks,
         audit_logs=audit_logs,

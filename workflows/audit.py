@@ -159,6 +159,18 @@ def problem_of(tx: Connection, tenant_id: str, settings: Settings, *, whole: boo
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether a record continues its newest checkpoint, of ``signed`` entries; both are ``None`` before the first.
+
+    ``problem`` says how it does not, in a sentence for whoever runs the installation.
+    """
+
+    signed: int | None
+    made_at: datetime | None
+    problem: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class AuditLog:
     """Exports the record of a tenant, and makes its checkpoints."""
 
@@ -185,6 +197,15 @@ class AuditLog:
             return None  # the job reads all before it signs the first one
         with self._database.snapshot() as tx:
             return problem_of(tx, self.tenant_id, self._settings, whole=False)[0]
+
+    def verification(self) -> Verification:
+        """Return whether the record continues its newest checkpoint; reads the entries since."""
+        try:
+            kept = self.files.kept()
+        except ValueError:
+            kept = None  # which the problem says
+        signed, made_at = (None, None) if kept is None else (kept.head.number, kept.made_at)
+        return Verification(signed, made_at, self.problem())
 
     def newest(self) -> str:
         """Return the newest checkpoint, a signed note; raise ``NotFound`` before the first one."""

@@ -26,11 +26,15 @@ SENT_BEFORE = "This form was sent before with other values. Look at the list fir
 
 @dataclass(frozen=True, slots=True)
 class Tab:
-    """A part of a screen with its own page, for those who have the permission."""
+    """A part of a screen with its own page, for those who have the permission.
+
+    Pages below its path belong to it, unless it is ``alone``.
+    """
 
     title: str
     path: str
     permission: Permission
+    alone: bool = False
 
 
 TABS = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -67,6 +69,13 @@ def words(code: str) -> str:
 def value_text(value: Any) -> str:
     """Return a value of a device's metadata as text: a string as it is, all else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def csv_line(cells: Iterable[str]) -> bytes:
+    """Return a line of CSV, in which no cell is one that a spreadsheet takes for a formula."""
+    line = io.StringIO()
+    csv.writer(line).writerow([f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell for cell in cells])
+    return line.getvalue().encode()
 
 
 FILTERS: Mapping[str, Callable[..., str]] = {

@@ -12,9 +12,11 @@ from web.console import (
     fleet,
     login,
     overview,
+    record,
     registration,
     sign_on,
     waiting,
+    webhooks,
 )
 from web.console.pages import Page, Pages, Shown, Visit
 
@@ -27,5 +29,19 @@ def nothing_here(_visit: Visit, rest: str) -> Shown:
     raise NotFound(f"The console has no page /ui/{rest[:100]}.")
 
 
-_SCREENS = (overview, fleet, actions, registration, device, device_changes, waiting, access, enrolment, login, sign_on)
+_SCREENS = (
+    overview,
+    fleet,
+    actions,
+    registration,
+    device,
+    device_changes,
+    waiting,
+    access,
+    enrolment,
+    record,
+    webhooks,
+    login,
+    sign_on,
+)
 PAGES: list[Page] = [page for screen in _SCREENS for page in screen.PAGES] + _REST

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from sqlalchemy.engine import Connection
+
 from core import metrics
 from core.errors import Conflict, PortalError, Unavailable
 from core.failpoints import failpoint
@@ -23,6 +25,7 @@ from store.database import Database
 from store.scope import ALL_TENANTS
 from store.webhooks import Backlog, ClaimedEvent, EventDeliveryRecord, WebhookRecord
 from workflows import events
+from workflows.delivery import KeptAnswers, MadeSecret
 from workflows.events import EventType
 from workflows.tenants import TenantDirectory, TenantRates
 from workflows.webhooks.addresses import Network, read_url
@@ -60,6 +63,7 @@ class Webhooks:
         seal: SecretSeal,
         marker: Path,
         allowed: Sequence[Network],
+        answers: KeptAnswers,
         clock: Callable[[], datetime],
     ) -> None:
         """Use ``marker`` as the file that exists while anybody is subscribed: see ``events.watch``."""
@@ -69,29 +73,37 @@ class Webhooks:
         self._marker = marker
         self._marker_lock = FileLock(marker.with_name(f"{marker.name}.lock"))
         self._allowed = allowed
+        self._answers = answers
         self._clock = clock
         self._testing = threading.Lock()
 
-    def create(self, actor: Actor, name: str, url: str, wanted: Sequence[EventType]) -> tuple[str, WebhookRecord]:
+    def create(
+        self, actor: Actor, name: str, url: str, wanted: Sequence[EventType], idempotency_key: str | None = None
+    ) -> tuple[str, WebhookRecord]:
         """Subscribe a receiver to some types of events, or to all if ``wanted`` is empty; returns the secret once.
 
-        Every event after the return is sent to it. Raises ``InputInvalid``, ``Conflict``.
+        Every event after the return is sent to it. Requests with one ``idempotency_key`` subscribe one. Raises
+        ``InputInvalid``, ``Conflict``, ``IdempotencyConflict``, and ``NotFound`` if a repeat's was deleted since.
         """
         read_url(url, self._allowed)
         secret, webhook_id, now = new_secret(), secrets.token_hex(8), self._clock()
         types = tuple(sorted(set(wanted)))
         sealed = self._seal.seal(secret, webhook_id)
         record = WebhookRecord(webhook_id, actor.tenant_id, name, url, types, sealed, now)
+
+        def write(tx: Connection) -> None:
+            if len(webhooks.list_webhooks(tx, actor.tenant_id)) >= MAX_WEBHOOKS:
+                raise Conflict(f"There are {MAX_WEBHOOKS} webhooks already; delete one that is not needed.")
+            webhooks.add_webhook(tx, record)
+            of = f"webhook:{webhook_id}"
+            audit.record(tx, actor, "webhook:create", of, at=now, name=name, url=url, events=types)
+
         with self._marker_lock.hold():
             self._marker.touch(mode=0o600)  # before the commit, after which no event may be missed
-            with self._database.transaction() as tx:
-                if len(webhooks.list_webhooks(tx, actor.tenant_id)) >= MAX_WEBHOOKS:
-                    raise Conflict(f"There are {MAX_WEBHOOKS} webhooks already; delete one that is not needed.")
-                webhooks.add_webhook(tx, record)
-                audit.record(
-                    tx, actor, "webhook:create", f"webhook:{webhook_id}", at=now, name=name, url=url, events=types
-                )
-        return shown(secret), record
+            new = MadeSecret("webhook", webhook_id, shown(secret))
+            made = self._answers.secret_once(actor, idempotency_key, [name, url, types], new, write)
+        with self._database.snapshot() as tx:
+            return made.secret, webhooks.get_webhook(tx, actor.tenant_id, made.id)
 
     def delete(self, actor: Actor, webhook_id: str) -> tuple[WebhookRecord, Backlog]:
         """Delete a subscription with its unsent events; returns both. Raises ``NotFound``."""
