@@ -43,6 +43,14 @@ SCREENS = (
     Screen("edit", "/ui/devices/{device}/edit", "Edit", ("filled",)),
     Screen("register", "/ui/devices/register", "Register a device", ("empty",)),
     Screen("sessions", "/ui/sessions", "Sessions"),
+    Screen("waiting", "/ui/waiting", "Waiting", ("empty",)),
+    Screen("tokens", "/ui/access/tokens", "Access", ("empty",), opens="Revoke the token first admin"),
+    Screen("new token", "/ui/access/tokens/new", "New operator token", ("empty",)),
+    Screen("enrolment", "/ui/access/enrolment", "Access", ("empty",)),
+    Screen("new enrolment token", "/ui/access/enrolment/new", "New enrolment token", ("empty",)),
+    Screen("record", "/ui/record", "Record"),
+    Screen("webhooks", "/ui/record/webhooks", "Record", ("empty",)),
+    Screen("new webhook", "/ui/record/webhooks/new", "New webhook", ("empty",)),
 )
 CASES = [(screen, fill) for screen in SCREENS for fill in screen.fills]
 
