@@ -6,7 +6,8 @@ import base64
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -24,6 +25,7 @@ UNKNOWN_KEY_SECONDS = 60.0  # between two attempts to find a key that is not kno
 PAUSE_SECONDS = 10.0  # after an attempt that failed, in which nobody waits for another
 WAIT_SECONDS = 2.0  # for an attempt that another request makes
 REDEEMED_AT_ONCE = 2  # codes, of which anybody can send made-up ones: other threads serve other requests
+MOST_WAITING = 2  # requests for one of those, or for what another one reads; all else is refused at once
 MAX_SECRET = 4096
 _BUSY = "The identity provider has not answered yet; try again in some seconds."
 
@@ -59,6 +61,7 @@ class IdentityProvider:
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._redeeming = threading.BoundedSemaphore(REDEEMED_AT_ONCE)
+        self._waiting = threading.BoundedSemaphore(MOST_WAITING)
         self._known: _Known | None = None
         self._failure: tuple[float, str] | None = None
         self._logged: str | None = None
@@ -121,12 +124,8 @@ class IdentityProvider:
         elif self._secret:
             pair = f"{quote(self.client_id, safe='')}:{quote(self._secret, safe='')}"  # RFC 6749 §2.3.1
             headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-        if not self._redeeming.acquire(timeout=WAIT_SECONDS):
-            raise ProviderUnavailable(_BUSY)
-        try:
+        with self._turn_at(self._redeeming):
             answer = self._transport.post(endpoints.token, fields, headers)
-        finally:
-            self._redeeming.release()
         if answer.status >= 500:
             raise ProviderUnavailable(f"The identity provider answered with status {answer.status}.")
         if answer.status != 200:
@@ -142,9 +141,7 @@ class IdentityProvider:
         """Return what was read in the last ``seconds``, else read it; one request does, others wait for a moment."""
         if (known := self._fresh(seconds)) is not None:
             return known
-        if not self._lock.acquire(timeout=WAIT_SECONDS):
-            raise ProviderUnavailable(_BUSY)
-        try:
+        with self._turn_at(self._lock):
             if (known := self._fresh(seconds)) is not None:
                 return known
             if self._failure is not None and self._monotonic() - self._failure[0] < PAUSE_SECONDS:
@@ -156,8 +153,25 @@ class IdentityProvider:
                 raise
             self._known, self._failure = known, None
             return known
+
+    @contextmanager
+    def _turn_at(self, lock: threading.Lock | threading.BoundedSemaphore) -> Iterator[None]:
+        """Hold a lock in the body of the ``with``; raises ``ProviderUnavailable`` if it is held for long.
+
+        Whoever waits occupies a thread, so that of many requests at once only some do.
+        """
+        if not lock.acquire(blocking=False):
+            if not self._waiting.acquire(blocking=False):
+                raise ProviderUnavailable(_BUSY)
+            try:
+                if not lock.acquire(timeout=WAIT_SECONDS):
+                    raise ProviderUnavailable(_BUSY)
+            finally:
+                self._waiting.release()
+        try:
+            yield
         finally:
-            self._lock.release()
+            lock.release()
 
     def _fresh(self, seconds: float) -> _Known | None:
         known = self._known

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -263,3 +264,29 @@ def test_a_provider_that_hangs_holds_up_two_logins_and_no_more(
     assert all(isinstance(one.exception(), ProviderUnavailable) for one in held_up)
     del idp.answers["/token"]
     assert finish(sign_on, logins[2], queries[2]).secret
+
+
+def test_of_many_logins_while_a_provider_hangs_two_are_held_up_two_wait_and_all_others_are_refused_at_once(
+    sign_on: SingleSignOn, idp: IdentityProvider
+) -> None:
+    """Each that waits occupies a thread, and anybody can begin logins and send made-up codes."""
+    logins, made_up = [sign_on.begin("/ui", None) for _ in range(12)], {"code": "made-up", "iss": idp.issuer}
+    arrived, go_on = threading.Semaphore(0), threading.Event()
+
+    def hang(_: Any) -> Any:
+        arrived.release()
+        go_on.wait(10)
+        return as_json({"error": "server_error"}, 503)
+
+    idp.answers["/token"] = hang
+    with ThreadPoolExecutor(len(logins)) as threads:
+        answers = [
+            threads.submit(finish, sign_on, begun, made_up | {"state": asked(begun)["state"]}) for begun in logins
+        ]
+        assert arrived.acquire(timeout=10)
+        assert arrived.acquire(timeout=10)
+        for _ in itertools.islice(as_completed(answers, timeout=1.5), len(logins) - 4):
+            pass
+        assert sum(not one.done() for one in answers) == 4
+        go_on.set()
+    assert all(isinstance(one.exception(), ProviderUnavailable) for one in answers)
