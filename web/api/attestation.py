@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import ssl
 from typing import Annotated, Self
 
@@ -25,7 +26,7 @@ from web.api.device_clients import (
 )
 from web.api.devices import OfDevice, RegisteredAnswer
 from web.api.evidence import EvidenceRequest, NonceAnswer, PolicyId
-from web.api.routing import ANYONE, Answers, Call, Reply, RequestModel, Routes
+from web.api.routing import ANYONE, Answers, Call, Reply, RequestModel, Routes, share_of
 from workflows.attestation.nonces import EndorsementKey, NonceHolder
 from workflows.enrolment.clients import DeviceClient, ManufacturedClient
 from workflows.enrolment.credentials import Enrolled, Waiting, nonce_holder
@@ -87,7 +88,10 @@ class EnrolledAnswer(RegisteredAnswer, OfDevice):
 def make_nonce(call: Call, body: NonceRequest) -> NonceAnswer:
     """Get a nonce for evidence, as a device with a credential to enrol, or as an operator."""
     holder, policy_id = _holder(call, body)
-    issued = call.portal.attestations.challenge(holder, policy_id, body.key())
+    # An operator's request is a part of the share already.
+    share = share_of(call.portal, holder.tenant_id) if call.actor.token_id is None else contextlib.nullcontext()
+    with share:
+        issued = call.portal.attestations.challenge(holder, policy_id, body.key())
     credential = issued.credential
     return NonceAnswer.of(
         issued,

@@ -12,7 +12,7 @@ from core.topics import Access, expand
 from web.api.device_clients import client_of, used
 from web.api.devices import BrokerModel
 from web.api.fields import Fingerprint, Hex
-from web.api.routing import ANYONE, AnswerModel, Call, Routes, Timestamp
+from web.api.routing import ANYONE, AnswerModel, Call, Routes, Timestamp, share_of
 from workflows.bundles import broker_trust
 from workflows.enrolment.clients import DeviceClient
 
@@ -75,6 +75,11 @@ def device_configuration(call: Call) -> DeviceConfiguration:
             if holder is None
             else "The client certificate was not issued by this portal; enrol first, and ask with the new one."
         )
+    with share_of(call.portal, holder.tenant_id):
+        return _told(call, holder)
+
+
+def _told(call: Call, holder: DeviceClient) -> DeviceConfiguration:
     used(call, holder)
     settings, shown = call.portal.settings, holder.certificate
     details = call.portal.inventory.device(holder.tenant_id, holder.device_id, kind=holder.kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.support.est import Device, certificates_of, csr_der, in_base64, new_k
 from tests.support.harness import ON_SQLITE, api_as, csr_pem
 
 pytestmark = ON_SQLITE
+CONFIGURATION = "/.well-known/onboarding/config"
 
 
 @pytest.fixture
@@ -41,7 +43,9 @@ def test_each_way_in_takes_from_the_share_of_its_tenant(app: Flask, shares: list
         shares.clear()
         return str(answer["token"])
 
-    basic = {"Authorization": f"Basic {base64.b64encode(f'device:{token()}'.encode()).decode()}"}
+    def basic(secret: str) -> dict[str, str]:
+        return {"Authorization": f"Basic {base64.b64encode(f'device:{secret}'.encode()).decode()}"}
+
     link = "/download/" + acme.register()["download_url"].rpartition("/")[2]
     [certificate] = certificates_of(Device(anyone, token()).enrol(csr_der(key)))
     known = Device(anyone, None, certificate.public_bytes(Encoding.DER))
@@ -49,11 +53,14 @@ def test_each_way_in_takes_from_the_share_of_its_tenant(app: Flask, shares: list
     requests: tuple[tuple[Callable[[], Any], int], ...] = (
         (lambda: acme.get("/devices"), 200),
         (lambda: anyone.get(link), 200),
-        (lambda: anyone.post("/enroll", {"csr": csr_pem()}, headers=basic), 201),
+        (lambda: anyone.post("/enroll", {"csr": csr_pem()}, headers=basic(token())), 201),
         (lambda: Device(anyone, token()).enrol(), 200),
         (lambda: Device(anyone, token()).enrol(operation="serverkeygen"), 200),
         (lambda: known.call("POST", "simplereenroll", renewal), 409),  # which is too early
         (lambda: known.call("POST", "serverkeygen", renewal), 409),
+        (lambda: dataclasses.replace(known, path=CONFIGURATION).call("GET", ""), 200),
+        (lambda: anyone.post("/attestation/nonce", {}, headers=basic(token())), 201),
+        (lambda: acme.post("/attestation/nonce", {}), 201),
     )
     for ask, status in requests:
         shares.clear()
