@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -173,7 +174,8 @@ def _of_fields(error: InputInvalid) -> InputInvalid:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    # Not splitlines, which ends lines at characters that a value of the metadata may have, such as U+2028, too.
+    return [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]
 
 
 def _topic(line: str) -> dict[str, str]:
@@ -203,5 +205,5 @@ def _typed(value: str) -> Any:
     """Return a value in place of one that was no text, as JSON if it is."""
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value

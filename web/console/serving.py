@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 
 from flask import Flask, Request, Response, current_app, g, render_template, request
 
-from core.errors import Forbidden, NotFound, Unauthenticated
+from core.errors import Forbidden, NotFound, TenantSuspended, Unauthenticated
 from core.roles import Permission
 from store import scope
 from store.audit import Actor
@@ -113,12 +113,15 @@ def _view(page: Page, portal_of: PortalOf) -> Callable[..., Response]:
 
 
 def _visit(portal: Portal, page: Page, request: Request) -> Visit:
-    """Return the request with the operator whose session it has; raises ``TenantSuspended``."""
+    """Return the request with the operator whose session it has; raises ``TenantSuspended``.
+
+    For the login page a session of such a tenant counts as none: who has it may log in for another one.
+    """
     address = client_address(request.environ, portal.settings.trusted_proxies)
     anyone = Actor(portal.first_tenant, "anyone", "none", g.request_id, address)
     secret = request.cookies.get(COOKIE, "")
     session = portal.sessions.find(secret) if _SECRET.fullmatch(secret) else None
-    if session is None:
+    if session is None or (page.without_session and not _is_served(portal, session.token.tenant_id)):
         begun = request.cookies.get(LOGIN_COOKIE)
         return Visit(portal, request, g.request_id, anyone, portal.clock(), login_cookie=begun)
     scope.enter(session.token.tenant_id)
@@ -126,6 +129,14 @@ def _visit(portal: Portal, page: Page, request: Request) -> Visit:
     routing.check_tenant(portal, actor, page.action)
     g.visit = visit = Visit(portal, request, g.request_id, actor, portal.clock(), session, secret)
     return visit
+
+
+def _is_served(portal: Portal, tenant_id: str) -> bool:
+    try:
+        portal.tenant_terms.of(tenant_id).check_served()
+    except (NotFound, TenantSuspended):
+        return False
+    return True
 
 
 def _to_login(request: Request) -> Response:

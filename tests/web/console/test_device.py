@@ -157,8 +157,24 @@ def test_what_is_known_of_a_device_is_changed_as_the_command_line_does(api: Api,
     assert "Somebody has changed this device" in again.text
 
 
+def test_a_form_that_is_saved_as_it_was_shown_changes_nothing_whatever_the_metadata_has(
+    api: Api, browser: Browser
+) -> None:
+    """Such as characters that end a line elsewhere, behind which a key of another name could stand."""
+    metadata = {"note": "fine\u2028role=gateway", "other": "x\x85y=1", "\u2029": "z", "n": [1, {"a": None}], "e": ""}
+    device_id = api.register(metadata=metadata)["device_id"]
+    path = f"{path_of(device_id)}/edit"
+    page, known = browser.get(path).text, api.get(f"/devices/{device_id}").json
+    form = {name: known[name] for name in ("name", "type", "location", "firmware")} | {"seen": hidden(page, "seen")}
+    shown = re.search(r'<textarea[^>]*name="metadata"[^>]*>(.*?)</textarea>', page, re.DOTALL)
+    assert shown is not None
+    answer = browser.post(path, form | {"metadata": html.unescape(shown[1]).replace("\n", "\r\n")})
+    assert answer.status_code == 303, text_of(answer.text)
+    assert api.get(f"/devices/{device_id}").json == known
+
+
 def test_a_form_with_something_wrong_comes_back_with_what_was_entered(api: Api, browser: Browser) -> None:
-    device_id = api.register()["device_id"]
+    device_id = api.register(metadata={"rack": 7})["device_id"]
     path = f"{path_of(device_id)}/edit"
     known = api.get(f"/devices/{device_id}").json
     form = {name: known[name] for name in ("name", "type", "location", "firmware")}
@@ -166,7 +182,7 @@ def test_a_form_with_something_wrong_comes_back_with_what_was_entered(api: Api, 
     for field, value, text in (
         ("name", "", "required"), ("name", "a\u202eb", "invisible"), ("metadata", "no mark", "KEY=VALUE"),
         ("topics", "devices/x everything", "read, write or readwrite"), ("topics", "a/#/b read", "#"),
-        ("location", "x" * 200, "128"),
+        ("location", "x" * 200, "128"), ("metadata", "rack=" + "[" * 30000, "bytes"),
     ):  # fmt: skip
         answer = browser.post(path, form | {field: value})
         assert answer.status_code == 422, (field, value)

@@ -13,12 +13,14 @@ from flask import Flask
 from app import create_app, portal_of
 from config import Settings
 from core.roles import Role
+from core.tenants import TenantStatus
 from operations import jobs
 from store import sessions, tenants
 from store.session_tables import ConsoleSession
 from store.tables import Token
 from tests.support.browser import Browser, logged_in_as, text_of
 from tests.support.harness import Api, Clock, api_as
+from tests.web.api.test_suspended_tenants import set_status
 from workflows.operators import new_token
 
 ADMIN, AUDITOR = Role.ADMIN, Role.AUDITOR
@@ -193,3 +195,18 @@ def test_of_many_sessions_of_a_token_the_oldest_end(app: Flask, monkeypatch: pyt
         one.log_in(token)
     assert [is_logged_in(one) for one in browsers] == [False, True, True, True]
     assert is_logged_in(other)
+
+
+def test_a_browser_with_a_session_of_a_suspended_tenant_can_log_in_for_another_one(app: Flask) -> None:
+    token, other = api_as(app, ADMIN, "acme").token, api_as(app, ADMIN).token
+    assert token
+    assert other
+    browser = Browser(app)
+    assert browser.log_in(token).status_code == 303
+    set_status(portal_of(app), TenantStatus.SUSPENDED)
+    assert browser.get("/ui/devices").status_code == 403
+    assert browser.get("/ui/login").status_code == 200
+    assert browser.log_in(token).status_code == 303  # to a page that says why it is refused
+    assert browser.get("/ui/devices").status_code == 403
+    assert browser.log_in(other).status_code == 303
+    assert browser.get("/ui/devices").status_code == 200
