@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from flask import Request, Response, render_template
 from markupsafe import Markup
@@ -22,6 +21,7 @@ from core.errors import ForeignOrigin, Gone, LinkUnknown, LinkUsed, TenantSuspen
 from delivery.formats import BundleFormat
 from store.deliveries import DeliveryRecord
 from web.api.fields import BundleFormatName
+from web.api.origins import parts_of
 from web.api.problems import ProblemModel
 from web.api.routing import ANYONE, HTML, IDEMPOTENCY_KEY, Answers, Call, Reply, RequestModel, Routes, share_of
 
@@ -242,7 +242,9 @@ def _check_own_page(headers: Headers) -> None:
     site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin", "null")
     is_own = site in ("same-origin", "none")
     if site is None:
-        is_own = origin == "null" or urlsplit(origin).netloc.lower() == headers.get("Host", "").lower()
+        parts = parts_of(origin)
+        is_named = parts is not None and parts.netloc.lower() == headers.get("Host", "").lower()
+        is_own = origin == "null" or is_named
     if not is_own:
         raise ForeignOrigin("Another site's page sent this request; open the link itself, and press the button there.")
 

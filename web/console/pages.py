@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from flask import Request
 from pydantic import BaseModel
@@ -26,6 +25,7 @@ from werkzeug.datastructures import MultiDict
 
 from core.roles import MAY, Permission
 from store.audit import Actor
+from web.api.origins import parts_of
 from web.api.routing import read_fields
 from workflows.sessions import LiveSession, form_token
 
@@ -205,8 +205,8 @@ def local_path(text: str | None) -> str | None:
 def page_of(request: Request) -> str:
     """Return the path of the page that the reader is at, to come back to after a login."""
     if is_htmx(request):
-        parts = urlsplit(request.headers.get("HX-Current-URL", ""))
-        here = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        parts = parts_of(request.headers.get("HX-Current-URL", ""))
+        here = HOME if parts is None else f"{parts.path}?{parts.query}" if parts.query else parts.path
     elif request.method in ("GET", "HEAD"):
         here = request.full_path.removesuffix("?")
     else:

@@ -20,6 +20,7 @@ from core.roles import Permission
 from store import scope
 from store.audit import Actor
 from web.api import routing
+from web.api.origins import parts_of
 from web.api.problems import ProblemModel
 from web.api.proxies import client_address
 from web.console import static_files
@@ -187,10 +188,10 @@ def _is_same_origin(visit: Visit) -> bool:
     site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin")
     if site is not None:  # no page can set or change this header
         return site == "same-origin"
-    if origin is None:
+    if origin is None or (parts := parts_of(origin)) is None:
         return False
     # Which scheme it was is not known behind a front server, but no other page comes from this host's name.
-    return urlsplit(origin).netloc in (visit.request.host, urlsplit(visit.portal.settings.public_url).netloc)
+    return parts.netloc in (visit.request.host, urlsplit(visit.portal.settings.public_url).netloc)
 
 
 # --- The answer ---------------------------------------------------------------------------------------------------

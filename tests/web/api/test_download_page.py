@@ -163,6 +163,7 @@ def test_a_form_that_the_page_does_not_send_is_refused_and_spends_nothing(
         {"Sec-Fetch-Site": "same-site", "Origin": "https://other.localhost"},
         {"Origin": "https://evil.example"},
         {"Origin": "https://localhost.evil.example"},
+        {"Origin": "https://[localhost"},
     ],
 )
 def test_a_page_of_another_site_cannot_make_a_browser_spend_the_link(

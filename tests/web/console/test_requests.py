@@ -111,6 +111,7 @@ ORIGINS: tuple[tuple[dict[str, str], bool], ...] = (
     ({"Origin": "https://localhost.example"}, False),
     ({"Origin": "https://localhost:8443"}, False),
     ({"Origin": "null"}, False),
+    ({"Origin": "https://[localhost"}, False),
     ({}, False),
 )
 
@@ -149,6 +150,8 @@ def test_a_login_leads_back_to_the_page_that_was_wanted(shared_app: Flask) -> No
     answer = browser.get("/ui/devices?status=active", htmx=True)
     assert answer.status_code == 401
     assert answer.headers["HX-Redirect"] == "/ui/login?next=%2Fui%2Fdevices%3Fstatus%3Dactive"
+    headers = {"HX-Request": "true", "HX-Current-URL": "https://[localhost/ui"}
+    assert browser.get("/ui/devices", headers=headers).headers["HX-Redirect"] == "/ui/login?next=%2Fui"
 
 
 def test_a_link_on_another_site_which_brings_no_cookie_is_opened_once_more(browser: Browser) -> None:
