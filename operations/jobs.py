@@ -294,6 +294,7 @@ JOBS = (
     Job("lists of CAs", 10.0, write_lists_of_cas),
     Job("late sessions", 5.0, disconnect_again),
     Job("expiry", 30.0, expire, final=True),
+    Job("write-ahead log", 30.0, lambda portal: portal.database.empty_log()),
     Job("probe", 60.0, probe_broker),
     Job("failed probe", 2.0, probe_again),
     Job("CRLs put off", 2.0, lambda portal: portal.reconciler.crls.wake_if_due()),

@@ -243,6 +243,21 @@ class Database:
         with self.snapshot() as tx:
             tx.execute(sa.text("SELECT count(*) FROM tenants")).scalar_one()
 
+    def empty_log(self) -> bool:
+        """Write all of SQLite's write-ahead log (WAL) into the database, and empty it; return whether it is empty.
+
+        Until then the WAL has what was deleted or overwritten, such as the sealed key of a bundle that was fetched.
+        Nothing is done while readers need it: the next call will. Raises ``DatabaseUnavailable``, ``LockUnavailable``.
+        """
+        if self._write_gate is None:
+            return True
+        with _translated(), self._write_gate.hold(), self.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA busy_timeout = 0")  # others that write wait meanwhile
+            try:
+                return not connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}")
+
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()

@@ -30,7 +30,7 @@ from operations.own_certificates import probe_certificates
 from operations.wiring import Portal, open_portal
 from store import generations, issuers
 from store.tables import Delivery, IdempotencyKey
-from tests.support.harness import Clock
+from tests.support.harness import ON_SQLITE, Clock
 from tests.support.pki import Pki
 from tests.workflows.test_events import recorded, subscribe
 from tests.workflows.test_registration import OPERATOR, PUMP
@@ -125,6 +125,28 @@ def test_crls_that_a_crash_left_unsigned_are_asked_for(
 def _run_job(portal: Portal, name: str) -> None:
     (job,) = (job for job in jobs.JOBS if job.name == name)
     job.run(portal)
+
+
+@ON_SQLITE
+def test_what_a_fetched_bundle_was_made_of_is_in_no_file_of_the_database_any_more(portal: Portal) -> None:
+    """With the link, which may be in a mailbox for ever, it would open the bundle without its password."""
+    made = portal.registrations.register(OPERATOR, PUMP)
+    with portal.database.snapshot() as tx:
+        sealed = tx.execute(sa.select(Delivery.bundle).where(Delivery.device_id == made.device_id)).scalar_one() or b""
+    assert sealed
+    portal.deliveries.deliver(OPERATOR, str(made.download_url).rpartition("/")[2])
+
+    def has_it() -> bool:
+        return any(sealed in path.read_bytes() for path in portal.settings.data_dir.glob("portal.db*"))
+
+    assert has_it()
+    with portal.database.snapshot() as reader:
+        reader.execute(sa.select(Delivery.id)).all()
+        with portal.database.transaction() as tx:
+            tx.execute(sa.update(Delivery).values(lease_until=None))
+        _run_job(portal, "write-ahead log")  # waits for no reader
+    _run_job(portal, "write-ahead log")
+    assert not has_it()
 
 
 def test_after_a_long_downtime_the_first_renewal_makes_everything_current(portal: Portal, clock: Clock) -> None:
