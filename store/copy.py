@@ -25,7 +25,7 @@ BATCH = 500
 _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     "time": UtcDateTime(),
     "bytes": sa.LargeBinary(),
-    "json": sa.JSON(),
+    "json": sa.JSON(none_as_null=True),
     "plain": sa.types.NullType(),
 }
 

@@ -121,6 +121,8 @@ def test_terms_that_were_made_stricter_are_told_line_by_line_where_they_are_as_b
         )
         for name in ("changed", "removed", "kept"):
             portal.profiles.add(OPERATOR, CertificateProfile(name))
+        for name in ("changed", "kept"):
+            portal.groups.add(OPERATOR, name, "", saved=None, topics=None, validity_days=9)
         copied(settings, file, clock)
         portal.manufacturers.update(OPERATOR, stricter, {"approval": "operator", "key_types": ["ec-p384"]})
         portal.manufacturers.update(OPERATOR, gone, {"approval": "operator"})
@@ -128,12 +130,14 @@ def test_terms_that_were_made_stricter_are_told_line_by_line_where_they_are_as_b
         portal.enrolment_tokens.set_attestation(ADMIN, token.id, attestation)
         portal.profiles.update(OPERATOR, "changed", {"max_days": 9})
         portal.profiles.remove(OPERATOR, "removed")
+        portal.groups.update(OPERATOR, "changed", {"validity_days": 2})
     done = put_back(settings, file, clock)
     assert [line.partition(" (")[0] + line.partition(")")[2] for line in done.older] == [
         "manufacturer b: approval, key_types",
         "enrolment token batch: attestation",
         "certificate profile changed: max_days",
         "certificate profile removed: it was removed since, and exists again",
+        "group changed: validity_days",
     ]
 
 
