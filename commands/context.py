@@ -19,7 +19,7 @@ from commands.completing import Listed, saved_names, saved_tenants
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CheckFailed, CliError, Unreachable
 from commands.files import ReservedFile
-from commands.names import DeviceName
+from commands.names import DeviceName, GroupName
 from commands.output import Cell, Output
 from onboarding_portal import VERSION
 
@@ -366,6 +366,14 @@ class ProfileName(click.ParamType[str]):
 
 PROFILE = click.option(
     "--profile", type=ProfileName(), metavar="NAME", help="Certificate profile; see portal profile list."
+)
+GROUPS = click.option(
+    "--group",
+    "groups",
+    type=GroupName(),
+    metavar="NAME",
+    multiple=True,
+    help="Put it into this group. Repeatable.",
 )
 EXTERNAL_ID = click.option("--external-id", metavar="TEXT", help="Your own id for the device, which no other one has.")
 FORCE_HELP = "Replace existing files."

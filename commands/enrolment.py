@@ -13,6 +13,7 @@ import click
 from commands.completing import Listed
 from commands.context import (
     EXTERNAL_ID,
+    GROUPS,
     PROFILE,
     YES,
     Remote,
@@ -245,12 +246,17 @@ def enrolment_revoke(portal: Remote, token_id: str, yes: bool) -> None:
     "--topic", "topics", metavar="FILTER:ACCESS", multiple=True, help="Replaces the default topics. Repeatable."
 )
 @PROFILE
+@GROUPS
 @EXTERNAL_ID
-def expect(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: str | None) -> None:
+def expect(
+    portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], groups: tuple[str, ...], **options: Any
+) -> None:
     """Add a device that will enrol by itself later."""
     body: dict[str, Any] = {**given_fields(options), "metadata": metadata_from(metadata)}
     if topics:
         body["topics"] = topics_from(topics)
+    if groups:
+        body["groups"] = list(groups)
     # Not repeated if the connection breaks: that would create a second device.
     answer = portal.client.call("POST", "/devices", body=body, repeatable=False).json()
     require(answer, "device_id")

@@ -17,7 +17,7 @@ from commands.vocabulary import FORMATS, KEY_TYPES
 REQUIRED = {"name": 128, "type": 64, "location": 128, "firmware": 64}  # maximum number of characters
 OPTIONAL = {"external_id": 128, "csr": 16384, "bundle_password": 128, "profile": 63}
 JSON_COLUMNS = ("metadata", "topics")
-FIELDS = (*REQUIRED, *OPTIONAL, *JSON_COLUMNS, "key_type", "validity_days", "bundle_format")
+FIELDS = (*REQUIRED, *OPTIONAL, *JSON_COLUMNS, "groups", "key_type", "validity_days", "bundle_format")
 MAX_ROW = 128 * 1024  # bytes
 WORKBOOK_SUFFIXES = (".xlsx", ".xlsm", ".xls", ".ods")
 FORMAT_OF_SUFFIX = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson"}
@@ -54,6 +54,8 @@ class ExternalIds:
         said = [self._batch, *(row.values.get(name) for name in IDENTITY)]
         if row.values.get("profile") not in (None, "default"):
             said.append(row.values["profile"])  # else as before there were profiles: an import can be repeated still
+        if row.values.get("groups"):
+            said.append({"groups": sorted(row.values["groups"])})
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:16]
         self._seen[digest] += 1
         return f"import-{digest.hex()}-{self._seen[digest]}"
@@ -136,6 +138,8 @@ def _row(line: int, cells: dict[str, str]) -> FileRow:
                 values[name] = json.loads(values[name])
             except (ValueError, RecursionError):
                 return FileRow(line, cells, f"{name} is not JSON")
+    if "groups" in values:
+        values["groups"] = values["groups"].split()
     days = cells.get("validity_days")
     if days is not None:
         if not days.isascii() or not days.isdigit():
@@ -180,4 +184,7 @@ def _problem_of_choice(values: Mapping[str, Any]) -> str | None:
         return "metadata is not a JSON object"
     if not isinstance(values.get("topics") or [], list):
         return "topics is not a JSON list"
+    groups = values.get("groups") or []
+    if not isinstance(groups, list) or not all(isinstance(name, str) for name in groups):
+        return "groups is not a list of names"
     return None

@@ -16,6 +16,7 @@ from commands.client import check_link, new_idempotency_key
 from commands.context import (
     EXTERNAL_ID,
     FORCE_HELP,
+    GROUPS,
     PROFILE,
     Remote,
     check_secret_seen,
@@ -106,15 +107,18 @@ issuing_options = option_group(
     help="MQTT topic filter, and read, write or readwrite; {id} is replaced by the device id. Repeatable.",
 )
 @PROFILE
+@GROUPS
 @EXTERNAL_ID
 @issuing_options
-def register(portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], **options: Any) -> None:
+def register(
+    portal: Remote, /, metadata: tuple[str, ...], topics: tuple[str, ...], groups: tuple[str, ...], **options: Any
+) -> None:
     """Register a device: certificate, topics, credential bundle.
 
     The portal answers with a one-time link to the device's encrypted bundle. The bundle password is shown once; send
     it to the device on a different channel than the link.
     """
-    given = {"metadata": metadata_from(metadata), "topics": topics_from(topics)}
+    given = {"metadata": metadata_from(metadata), "topics": topics_from(topics), "groups": list(groups)}
     options |= {field: value for field, value in given.items() if value}
     issue(portal, Operation("/register", "Registering…", "Registered", "is registered"), options)
 

@@ -67,6 +67,15 @@ def get_group(tx: Connection, tenant_id: str, name: str, *, for_update: bool = F
     return GroupRecord(*row)
 
 
+def groups_named(
+    tx: Connection, tenant_id: str, names: Collection[str], *, for_update: bool = False
+) -> dict[str, GroupRecord]:
+    """Return the groups that have these names, by name; ``for_update`` as in ``get_group``, in one order."""
+    query = _SELECT.where(_group.name.in_(names)).order_by(_group.name)
+    rows = tx.execute(query.with_for_update() if for_update else query, {"of_tenant": tenant_id})
+    return {group.name: group for group in (GroupRecord(*row) for row in rows)}
+
+
 def list_groups(tx: Connection, tenant_id: str) -> Sequence[GroupRecord]:
     """Return every group of a tenant, by name."""
     return [GroupRecord(*row) for row in tx.execute(_SELECT.order_by(_group.name), {"of_tenant": tenant_id})]
@@ -82,6 +91,16 @@ def groups_of_device(tx: Connection, tenant_id: str, device_id: str) -> Sequence
     """Return the groups that a device is a member of, by name."""
     rows = tx.execute(_OF_DEVICE.order_by(_group.name), {"of_tenant": tenant_id, "of_device": device_id})
     return [GroupRecord(*row) for row in rows]
+
+
+def groups_of_devices(tx: Connection, tenant_id: str, device_ids: Collection[str]) -> dict[str, list[GroupRecord]]:
+    """Return the groups that devices are members of, by device, without those that are in none."""
+    found: dict[str, list[GroupRecord]] = {}
+    query = sa.select(_member.device_id, *columns_of(GroupRecord, _group)).join(_group, _member.group_id == _group.id)
+    own = (_member.tenant_id == tenant_id, _member.device_id.in_(device_ids))
+    for device_id, *values in tx.execute(query.where(*own).order_by(_group.name)):
+        found.setdefault(device_id, []).append(GroupRecord(*values))
+    return found
 
 
 def policy_of(tx: Connection, tenant_id: str, device_id: str) -> str | None:

@@ -21,11 +21,12 @@ from store import audit, deliveries, keys, names
 from store.audit import Actor
 from store.deliveries import NewDelivery
 from store.devices import device_with_external_id, update_device
+from store.groups import GroupRecord
 from store.keys import KeyClaim
 from store.names import NameClaim
 from store.profiles import hold_profile
 from store.quotas import count_clients
-from workflows import events
+from workflows import events, memberships
 from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, outdate_result, record_result
 from workflows.credentials import DeviceRequest, IssuedCredentials
 from workflows.events import EventType
@@ -55,11 +56,14 @@ class Admission(Issuance):
     """A device that becomes active with its first credentials.
 
     ``request`` and ``topics`` (``None`` for the default ones) are those of a new device; a device that is in the
-    database already, as pending, has no ``request``.
+    database already, as pending, has no ``request``. A new one is put into its ``groups``, which were read before;
+    ``topics_group_id`` is the one that its topics are those of.
     """
 
     request: DeviceRequest | None
     topics: Sequence[Topic] | None = None
+    groups: Sequence[GroupRecord] = ()
+    topics_group_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,12 @@ def admit(
 
     It is all in the caller's transaction: release no credentials before that is durable. Under the pattern style of
     the ACL the broker need not learn of a new device with the default topics. ``most`` is how many clients the tenant
-    may have; raises ``QuotaReached``. A transaction that has advanced the generation already says by ``advanced_to`` to
-    which.
+    may have; raises ``QuotaReached``, and ``StateConflict`` if a group has been changed since it was read. A
+    transaction that has advanced the generation already says by ``advanced_to`` to which.
     """
+    members = {admission.credentials.device_id: admission.groups for admission in admissions if admission.groups}
+    for error in memberships.refusals(tx, actor.tenant_id, members).values():
+        raise error
     must_learn = [admission.request is None or broker_must_learn(admission.topics, style) for admission in admissions]
     generation = (advanced_to or db.next_generation(tx, at=now)) if any(must_learn) else 0
     # Before the audit head, as whoever removes a profile does: else the two could wait for each other.
@@ -105,9 +112,13 @@ def admit(
         else:
             profile_id = profile_ids.get(admission.request.profile)
             row = _new_device(actor.tenant_id, device_id, admission.request, admission.topics, profile_id, now)
-            new.append({**row, "status": DeviceStatus.ACTIVE, "generation": since})
+            of_group = admission.topics_group_id
+            new.append({**row, "status": DeviceStatus.ACTIVE, "generation": since, "topics_group_id": of_group})
     db.add_devices(tx, new)
-    return Admitted(generation, record_issuances(tx, actor, admissions, new_clients=len(new), most=most, now=now))
+    memberships.put_into_groups(tx, actor.tenant_id, members, now=now)
+    ids = record_issuances(tx, actor, admissions, new_clients=len(new), most=most, now=now)
+    memberships.record_put(tx, actor, members, now=now)
+    return Admitted(generation, ids)
 
 
 def broker_must_learn(topics: Sequence[Topic] | None, style: AclStyle) -> bool:
@@ -124,16 +135,19 @@ def add_pending(
     *,
     most: int | None,
     now: datetime,
+    topics_group_id: str | None = None,
 ) -> None:
     """Add a device that has no certificate yet; ``admit`` makes it active later.
 
-    Raises ``ExternalIdTaken``, ``ProfileRefused``, and ``QuotaReached`` beyond ``most`` clients.
+    ``topics_group_id`` is the group that its topics are those of. Raises ``ExternalIdTaken``, ``ProfileRefused``, and
+    ``QuotaReached`` beyond ``most`` clients.
     """
     profile_id = hold_profile(tx, tenant_id, request.profile)
     if request.external_id is not None:
         audit.lock_audit_head(tx, tenant_id)  # as in an admission
         check_external_id(tx, tenant_id, request.external_id)
-    db.add_devices(tx, [_new_device(tenant_id, device_id, request, topics, profile_id, now)])
+    row = _new_device(tenant_id, device_id, request, topics, profile_id, now)
+    db.add_devices(tx, [{**row, "topics_group_id": topics_group_id}])
     count_clients(tx, tenant_id, 1, most=most)
 
 

@@ -49,7 +49,8 @@ class CredentialRequest:
 class DeviceRequest(CredentialRequest):
     """A device to be added, with the credentials it is to have; ``topics`` are pairs of filter and access.
 
-    ``profile`` is the name of its certificate profile, ``None`` for the default one. An application, by its ``kind``,
+    ``profile`` is the name of its certificate profile, ``None`` for the default one; ``groups`` are the names of those
+    that it is put into, each once, in one order. An application, by its ``kind``,
     has a name and topics only. ``evidence`` for the key of the CSR is appraised by the attestation policy of this id.
     """
 
@@ -62,6 +63,7 @@ class DeviceRequest(CredentialRequest):
     external_id: str | None = None
     kind: ClientKind = ClientKind.DEVICE
     profile: str | None = None
+    groups: tuple[str, ...] = ()
     evidence: ShownEvidence | None = None
     policy_id: str | None = None
 

@@ -1,8 +1,7 @@
-"""The use cases of groups: named sets of devices, and what holds for a device because of its groups.
+"""The use cases of groups: named sets of devices, which can set something for those that are in them.
 
-A group has members, or a saved filter, which finds devices when they are asked for. For its members it can set topics
-and the life of certificates; ``life_in_groups`` and ``topics_in_groups`` say what holds for a device. A device is in at
-most one group that sets the same thing.
+A group has members, or a saved filter, which finds devices when they are asked for. What a group sets for its members
+is said by ``workflows/memberships.py``. A device is in at most one group that sets the same thing.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import EllipsisType
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
@@ -23,7 +22,6 @@ from config import Settings
 from core.errors import (
     DeviceNotFound,
     FieldProblem,
-    Forbidden,
     GroupInUse,
     GroupsDisagree,
     InputInvalid,
@@ -31,32 +29,22 @@ from core.errors import (
     StateConflict,
 )
 from core.failpoints import failpoint
-from core.roles import MAY, Permission
 from core.topics import Access, Topic, default_topics, reads_less
-from pki.profiles import CertificateTerms
-from store import audit, groups
+from store import groups
 from store.audit import Actor
 from store.database import Database
 from store.devices import DeviceFilter
 from store.groups import GroupRecord
-from workflows import events
+from workflows import memberships
 from workflows.admission import checked_topics
 from workflows.attestation.policies import PolicyRequest, check_policy, in_audit, set_policy
-from workflows.credentials import CredentialRequest
-from workflows.events import EventType
+from workflows.memberships import SET_FOR_MEMBERS, check_admin, record_change, sets
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory, TenantTerms
 
 MAX_GROUPS = 1000  # of a tenant
-MAX_MEMBERS = 10_000  # of a group: what one transaction can change without others waiting for long
 CHANGED_AT_ONCE = 1000  # members, each of which is a parameter of a statement
-SET_FOR_MEMBERS = {
-    "topics": "topics",
-    "validity_days": "the life of certificates",
-    "attestation_policy_id": "an appraisal policy",
-}
 Pairs = Sequence[tuple[str, str]]
-_Request = TypeVar("_Request", bound=CredentialRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +108,7 @@ class Groups:
                 if groups.count_groups(tx, tenant.id) >= MAX_GROUPS:
                     raise QuotaReached(f"There are {MAX_GROUPS} groups, as many as a tenant can have; remove one.")
                 groups.add_group(tx, record)
-                _record(tx, actor, "group:add", name, now, **_shown(record))
+                record_change(tx, actor, "group:add", name, now, **_shown(record))
         except IntegrityError:
             raise GroupInUse(f"There is a group {name} already; choose another name.") from None
         return record
@@ -140,7 +128,7 @@ class Groups:
         if isinstance(policy, PolicyRequest):
             check_policy(actor, policy, now=now)
         elif policy is None:
-            _check_admin(actor)
+            check_admin(actor)
         if "topics" in changes:
             changes = {**changes, "topics": self._checked(tenant, changes["topics"])}
         with self._database.transaction() as tx:
@@ -156,7 +144,7 @@ class Groups:
             _check_filter(group)
             if group.filter is not None and group.members:
                 raise StateConflict(f"The group {name} has members; remove them before it gets a filter.")
-            newly = [one for one in SET_FOR_MEMBERS if _sets(group, one) and not _sets(before, one)]
+            newly = [one for one in SET_FOR_MEMBERS if sets(group, one) and not sets(before, one)]
             if newly:
                 groups.lock_members(tx, group)
                 _check_others(tx, group, newly, None)
@@ -166,7 +154,7 @@ class Groups:
                 narrowed = _reads_less(tenant, before.pairs, group.pairs)
                 change = groups.take_topics if group.pairs is None else groups.give_topics
                 change(tx, group, among=None, generation=generation, narrowed=narrowed, at=now)
-            _record(tx, actor, "group:update", name, now, **told)
+            record_change(tx, actor, "group:update", name, now, **told)
         return self._enforced(GroupChanged(group), generation)
 
     def change_members(
@@ -183,7 +171,7 @@ class Groups:
             if group.filter is not None:
                 raise StateConflict(f"Who is in the group {name} follows from its filter; change that.")
             if group.attestation_policy_id is not None:
-                _check_admin(actor)
+                check_admin(actor)
             created = groups.lock_devices(tx, tenant.id, {*add, *remove})
             for device_id in sorted({*add, *remove} - set(created)):
                 raise DeviceNotFound(f"There is no device {device_id}; nothing was changed.")
@@ -216,9 +204,9 @@ class Groups:
         now: datetime,
     ) -> int:
         """Write who is in a group; returns the generation that the broker must reach, 0 if it need not learn of it."""
-        if group.members + len(new) - len(gone) > MAX_MEMBERS:
-            raise QuotaReached(f"A group can have at most {MAX_MEMBERS} members; nothing was changed.")
-        _check_others(tx, group, [one for one in SET_FOR_MEMBERS if _sets(group, one)], new)
+        if group.members + len(new) - len(gone) > memberships.MAX_MEMBERS:
+            raise QuotaReached(f"A group can have at most {memberships.MAX_MEMBERS} members; nothing was changed.")
+        _check_others(tx, group, [one for one in SET_FOR_MEMBERS if sets(group, one)], new)
         groups.remove_members(tx, group, gone)
         groups.add_members(tx, group, new)
         generation = 0
@@ -230,7 +218,7 @@ class Groups:
             groups.give_topics(tx, group, among=list(new), generation=generation, narrowed=narrowed, at=now)
         groups.update_group(tx, tenant.id, group.id, {"updated_at": now})
         members = {name: ids for name, ids in (("added", list(new)), ("removed", list(gone))) if ids}
-        _record(tx, actor, "group:members", group.name, now, **members)
+        record_change(tx, actor, "group:members", group.name, now, **members)
         return generation
 
     def remove(self, actor: Actor, name: str) -> GroupRecord:
@@ -239,16 +227,16 @@ class Groups:
         with self._database.transaction() as tx:
             group = groups.get_group(tx, actor.tenant_id, name, for_update=True)
             if group.attestation_policy_id is not None:
-                _check_admin(actor)
-            sets = [words for one, words in SET_FOR_MEMBERS.items() if _sets(group, one)]
-            if sets and group.members:
+                check_admin(actor)
+            being_set = [words for one, words in SET_FOR_MEMBERS.items() if sets(group, one)]
+            if being_set and group.members:
                 having = f"{group.members} device{'s' * (group.members != 1)}"
                 raise GroupInUse(
-                    f"The group {name} sets {' and '.join(sets)} for {having}; remove them from it, or what it sets,"
-                    " before you remove it."
+                    f"The group {name} sets {' and '.join(being_set)} for {having}; remove them from it, or what it"
+                    " sets, before you remove it."
                 )
             groups.remove_group(tx, actor.tenant_id, group.id)
-            _record(tx, actor, "group:remove", name, now)
+            record_change(tx, actor, "group:remove", name, now)
         return group
 
     def _checked(self, tenant: TenantTerms, topics: Pairs | None) -> list[list[str]] | None:
@@ -267,21 +255,8 @@ class Groups:
         return dataclasses.replace(changed, enforced=enforced, problem=None if enforced else outcome.problem)
 
 
-def _check_admin(actor: Actor) -> None:
-    """Raise ``Forbidden`` unless the actor may say whose evidence counts, and so for which devices."""
-    if Permission.TOKENS not in MAY.get(actor.role, ()):
-        raise Forbidden(
-            f"The role {actor.role} may not change the appraisal policy of a group, or which devices it is for; ask an"
-            " admin."
-        )
-
-
-def _sets(group: GroupRecord, setting: str) -> bool:
-    return getattr(group, setting) is not None
-
-
 def _check_filter(group: GroupRecord) -> None:
-    if group.filter is not None and any(_sets(group, one) for one in SET_FOR_MEMBERS):
+    if group.filter is not None and any(sets(group, one) for one in SET_FOR_MEMBERS):
         raise StateConflict(
             "A group with a filter sets neither topics nor validity_days: who fits it changes with each device's"
             " description. Use a group with members."
@@ -314,13 +289,7 @@ def _shown(group: GroupRecord) -> dict[str, Any]:
     return {name: value for name in fields if (value := getattr(group, name)) not in (None, "")}
 
 
-def _record(tx: Connection, actor: Actor, action: str, name: str, now: datetime, **detail: Any) -> None:
-    changed = action.partition(":")[2]
-    events.record(tx, actor.tenant_id, EventType.GROUP_CHANGED, None, at=now, group=name, change=changed, by=actor.name)
-    audit.record(tx, actor, action, f"group:{name}", at=now, **detail)
-
-
-# --- What holds for a device because of its groups -------------------------------------------------------------------
+# --- What a group stands for in a filter -----------------------------------------------------------------------------
 
 
 def expanded(tx: Connection, tenant_id: str, wanted: DeviceFilter) -> DeviceFilter:
@@ -338,25 +307,3 @@ def expanded(tx: Connection, tenant_id: str, wanted: DeviceFilter) -> DeviceFilt
             rule = f"is another one in the filter of the group {group.name}; leave it out"
             raise InputInvalid(f"{name} {rule}.", [FieldProblem(name, rule)])
     return dataclasses.replace(wanted, **group.filter)
-
-
-def topics_in_groups(tx: Connection, tenant_id: str, device_id: str) -> GroupRecord | None:
-    """Return the group whose topics a device has unless it has its own; ``None`` if no group of its sets any."""
-    return next((one for one in groups.groups_of_device(tx, tenant_id, device_id) if one.topics is not None), None)
-
-
-def life_in_groups(tx: Connection, tenant_id: str, device_id: str) -> int | None:
-    """Return for how many days a device's certificates are to be valid by its groups, ``None`` if none says."""
-    days = (one.validity_days for one in groups.groups_of_device(tx, tenant_id, device_id))
-    return next((one for one in days if one is not None), None)
-
-
-def with_life(request: _Request, days: int | None, terms: CertificateTerms | None) -> _Request:
-    """Return a request for credentials with the life that a group sets, unless it says one itself.
-
-    A certificate profile that allows less keeps its limit.
-    """
-    if days is None or request.validity_days is not None:
-        return request
-    most = None if terms is None else terms.profile.max_days
-    return dataclasses.replace(request, validity_days=days if most is None else min(days, most))

@@ -35,7 +35,7 @@ from workflows.changes import ActionRefused, Changes, write_in_batches
 from workflows.credentials import CredentialAnswer, CredentialIssuer, DeviceRequest
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
-from workflows.groups import topics_in_groups
+from workflows.memberships import find_groups, life_among, topics_in_groups, topics_of_new, with_life
 from workflows.profiles import find_profiles, terms_of
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory, TenantRates, TenantTerms
@@ -82,7 +82,7 @@ class Registrations:
 
         Raises ``InputInvalid`` (``CsrInvalid``, ``TopicRefused``, ``ProfileRefused``), ``IdempotencyConflict``,
         ``ExternalIdTaken``, ``NameInUse``, ``GuardNeeded``, ``QuotaReached``, ``TooManyRegistrations``,
-        ``Unavailable``.
+        ``GroupsDisagree``, ``StateConflict`` if a group is changed meanwhile, ``Forbidden``, ``Unavailable``.
         """
         try:
             if idempotency_key:
@@ -107,12 +107,13 @@ class Registrations:
         now = self._clock()
         device_id = db.new_device_id(now)
         tenant = self._tenants.of(actor.tenant_id)
-        topics = checked_topics(self._settings, tenant, request.topics, device_id, kind=request.kind)
+        own = checked_topics(self._settings, tenant, request.topics, device_id, kind=request.kind)
+        terms, of_device = self._terms(actor, device_id, request)
+        topics, topics_group_id = topics_of_new(own, of_device)
         appraised = self._appraised(actor, request)
         self._rates.take_registration(tenant)
-        issued = self._credentials.issue(
-            tenant, device_id, request, topics, now=now, terms=self._terms(actor, device_id, request)
-        )
+        wanted = with_life(request, life_among(of_device), terms)
+        issued = self._credentials.issue(tenant, device_id, wanted, topics, now=now, terms=terms)
         with_csr = issued.bundle is None
         answer = Registered.of(issued, issued_at=now, name=request.name, status=DeviceStatus.ACTIVE)
         admission = Admission(
@@ -124,6 +125,8 @@ class Registrations:
             kind=request.kind,
             request=request,
             topics=topics,
+            groups=of_device,
+            topics_group_id=topics_group_id,
             attestation=appraised,
         )
 
@@ -155,12 +158,16 @@ class Registrations:
             raise
         return appraised
 
-    def _terms(self, actor: Actor, device_id: str, request: DeviceRequest) -> CertificateTerms | None:
-        if request.profile is None:
-            return None
+    def _terms(
+        self, actor: Actor, device_id: str, request: DeviceRequest
+    ) -> tuple[CertificateTerms | None, Sequence[GroupRecord]]:
+        """Return the terms by the device's certificate profile, ``None`` for the default one, and its groups."""
+        if request.profile is None and not request.groups:
+            return None, ()
         with self._database.snapshot() as tx:
             profiles = find_profiles(tx, actor.tenant_id, [request.profile])
-        return terms_of(profiles, request.profile, device_id, request)
+            of_device = find_groups(tx, actor, request.groups)
+        return terms_of(profiles, request.profile, device_id, request), of_device
 
     # --- Update
 
@@ -330,7 +337,7 @@ def _canonical(request: DeviceRequest) -> bytes:
         del values["external_id"]  # as in answers kept by a portal that did not know the field
     if values["kind"] == ClientKind.DEVICE:
         del values["kind"]
-    for name in ("profile", "evidence", "policy_id"):
-        if values[name] is None:
+    for name in ("profile", "groups", "evidence", "policy_id"):
+        if values[name] in (None, ()):
             del values[name]
     return json.dumps(values, sort_keys=True, default=list).encode()

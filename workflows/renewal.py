@@ -30,7 +30,7 @@ from workflows.changes import ActionRefused
 from workflows.credentials import CredentialAnswer, CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.delivery import KeptAnswers, Sealed
 from workflows.events import EventType
-from workflows.groups import life_in_groups, with_life
+from workflows.memberships import life_in_groups, with_life
 from workflows.profiles import terms_of_device
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory

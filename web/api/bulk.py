@@ -193,6 +193,8 @@ def _json_of(cells: Mapping[str, str]) -> str:
                 values[name] = from_json(values[name], allow_inf_nan=False)
             except ValueError:
                 raise _bad_cell(name, "must be JSON") from None
+    if "groups" in values:
+        values["groups"] = values["groups"].split()
     days = values.get("validity_days")
     if days is not None:
         if not days.isascii() or not days.isdigit() or len(days) > 9:

@@ -25,6 +25,7 @@ from web.api.fields import (
     ExternalId,
     Fingerprint,
     GroupName,
+    GroupNames,
     Hex,
     KeyTypeName,
     Limit,
@@ -84,6 +85,7 @@ class PendingRequest(RequestModel):
     topics: Topics | None = None
     profile: ProfileName | None = None
     external_id: ExternalId | None = None
+    groups: GroupNames | None = None
 
 
 class RegisterRequest(PendingRequest):
@@ -448,6 +450,7 @@ def registration_of(body: PendingRequest) -> DeviceRequest:
         values["csr"] = read_csr(values["csr"])
     if values.get("profile") == DEFAULT:
         values["profile"] = None  # as if it were left out
+    values["groups"] = tuple(sorted({*(body.groups or ())}))
     evidence = values.pop("attestation", None)
     if evidence is not None:
         values |= {"evidence": evidence.shown(), "policy_id": evidence.policy_id}

@@ -83,6 +83,7 @@ ProfileName = Annotated[
 GroupName = Annotated[
     str, Field(pattern=PROFILE_NAME, examples=["hall-2"], description="The name of a group of devices")
 ]
+GroupNames = Annotated[list[GroupName], Field(max_length=32, description="Groups that the device is put into")]
 TenantName = Annotated[str, Field(pattern=PROFILE_NAME, examples=["acme"])]
 TopicPrefix = Annotated[str, Field(pattern=TOPIC_PREFIX, max_length=256, examples=["sites/acme"])]
 MetadataPair = Annotated[

@@ -228,8 +228,8 @@ def _rows_of(rows: RowBody, media_type: str, row: Any) -> dict[str, Any]:
     }
     description = (
         "RFC 4180 in UTF-8, cells separated by commas. The first row names the columns, in any order and case; those of"
-        f" x-columns, of which {', '.join(required)} are needed. {' and '.join(rows.json_columns)} hold JSON. An empty"
-        " cell is a field that is not given, a row of empty cells no row."
+        f" x-columns, of which {', '.join(required)} are needed. {' and '.join(rows.json_columns)} hold JSON, lists of"
+        " names are separated by spaces. An empty cell is a field that is not given, a row of empty cells no row."
     )
     # The first row is needed, even if there is no other.
     schema = {"type": "string", "minLength": 1, "description": description}

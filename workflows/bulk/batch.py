@@ -22,22 +22,22 @@ from core.errors import (
     LockUnavailable,
     PortalError,
     ProfileRefused,
-    StateConflict,
     Unavailable,
 )
 from core.failpoints import failpoint
 from core.states import DeviceStatus
 from pki.csr import Csr
-from pki.profiles import DEFAULT, CertificateProfile
 from store import bulk, keys, names
 from store.audit import Actor
 from store.bulk import KnownDevice
 from store.certificates import CertificateRecord
 from store.database import Database
+from store.groups import GroupRecord
 from store.keys import KeyClaim
 from store.names import NameClaim
 from store.profiles import hold_profile
 from store.quotas import quota_reached, room_for_clients
+from workflows import memberships
 from workflows.admission import (
     Admission,
     Issuance,
@@ -49,10 +49,12 @@ from workflows.admission import (
     record_issuances,
 )
 from workflows.authority.issuers import Authority
+from workflows.bulk.known import Known, check_same, find_known
 from workflows.bulk.processes import CredentialJob, CredentialProcesses, Issuing
 from workflows.credentials import CredentialAnswer, DeviceRequest, IssuedCredentials
 from workflows.events import EventType
-from workflows.profiles import find_profiles, terms_of
+from workflows.memberships import groups_of_new, life_among, topics_of_new, with_life
+from workflows.profiles import terms_of
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory, TenantRates, TenantTerms, too_many_registrations
 
@@ -67,6 +69,10 @@ class Candidate:
     request: DeviceRequest | None
     problem: PortalError | None = None
     external_id: str | None = None
+
+
+def _requests(candidates: Sequence[Candidate]) -> Sequence[DeviceRequest]:
+    return [candidate.request for candidate in candidates if candidate.request is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,21 +115,17 @@ def failed(row: int, error: PortalError, *, external_id: str | None = None, stop
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """What holds for some rows: the tenant's terms, the devices there are by external id, the profiles by name."""
-
-    tenant: TenantTerms
-    devices: Mapping[str, KnownDevice]
-    profiles: Mapping[str, CertificateProfile]
-
-
-@dataclass(frozen=True, slots=True)
 class _Task:
-    """A row that needs credentials: for a new device, or for one that is ``known`` and has not fetched its own."""
+    """A row that needs credentials: for a new device, or for one that is ``known`` and has not fetched its own.
+
+    A new one is put into ``groups``; ``topics_group_id`` is the one that its topics are those of.
+    """
 
     candidate: Candidate
     job: CredentialJob
     known: KnownDevice | None
+    groups: Sequence[GroupRecord] = ()
+    topics_group_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,7 @@ class Batches:
 
     def check(self, actor: Actor, candidates: Sequence[Candidate]) -> Sequence[RowChecked | RowFailed]:
         """Return what would become of the rows, by the same rules; makes and writes nothing."""
-        known = self._known(actor, candidates)
+        known = find_known(self._database, self._tenants.of(actor.tenant_id), actor, _requests(candidates))
         answers: list[RowChecked | RowFailed] = []
         claims: dict[int, _Claims] = {}
         for position, candidate in enumerate(candidates):
@@ -226,20 +228,9 @@ class Batches:
                 answers[position] = failed(row.row, refused[claim.device_id], external_id=row.external_id)
         return answers
 
-    def _known(self, actor: Actor, candidates: Sequence[Candidate]) -> _Known:
-        requests = [candidate.request for candidate in candidates if candidate.request is not None]
-        external_ids = [row.external_id for row in requests if row.external_id is not None]
-        profiles = {row.profile for row in requests} - {None}
-        tenant = self._tenants.of(actor.tenant_id)
-        if not external_ids and not profiles:
-            return _Known(tenant, {}, {})
-        with self._database.snapshot() as tx:
-            known = bulk.find_known(tx, actor.tenant_id, external_ids)
-            return _Known(tenant, known, find_profiles(tx, actor.tenant_id, profiles))
-
     def begin(self, actor: Actor, candidates: Sequence[Candidate]) -> Batch:
         """Look up which rows' devices are there already, and begin to make the credentials of the others."""
-        known = self._known(actor, candidates)
+        known = find_known(self._database, self._tenants.of(actor.tenant_id), actor, _requests(candidates))
         batch = Batch(candidates, {}, [], Issuing())
         tasks: list[_Task] = []
         for candidate in candidates:
@@ -268,51 +259,26 @@ class Batches:
             batch.answers[row.row] = failed(row.row, error, external_id=row.external_id)
         return [task for task in tasks if task.candidate.row not in batch.answers]
 
-    def _begin_row(self, candidate: Candidate, known: _Known) -> _Task | RowAnswer:
+    def _begin_row(self, candidate: Candidate, known: Known) -> _Task | RowAnswer:
         request, device = candidate.request, known.devices.get(candidate.external_id or "")
         known.tenant.check_served()  # it may have been suspended since the upload began
         if request is None:
             raise candidate.problem or PortalError("The row could not be read.")
         if device is not None:
-            self._check_same(known.tenant, request, device)
+            check_same(self._settings, known, request, device)
             return self._repeated(candidate, request, device, known)
         now = self._clock()
         device_id = db.new_device_id(now)
-        topics = checked_topics(self._settings, known.tenant, request.topics, device_id)
+        of_device = groups_of_new(known.actor, request.groups, known.groups)
+        own = checked_topics(self._settings, known.tenant, request.topics, device_id)
+        topics, group_id = topics_of_new(own, of_device)
         terms = terms_of(known.profiles, request.profile, device_id, request)
-        return _Task(candidate, CredentialJob(known.tenant, device_id, request, topics, now, terms), None)
-
-    def _check_same(self, tenant: TenantTerms, request: DeviceRequest, known: KnownDevice) -> None:
-        """Raise if the row describes the device differently: it may be meant for another one."""
-        device = known.device
-        if device.status is DeviceStatus.REVOKED:
-            raise StateConflict(
-                f"The external_id is that of device {device.id}, which is revoked; free it for a successor by PATCH"
-                " of that device with external_id null (portal update --free-external-id), or give the row another."
-            )
-        if device.status is DeviceStatus.PENDING:
-            raise StateConflict(
-                f"The external_id is that of device {device.id}, which is expected to enrol by itself; leave the row"
-                " out, or give it another."
-            )
-        topics = checked_topics(self._settings, tenant, request.topics, device.id)
-        same = {
-            name: getattr(request, name) == getattr(device, name) for name in ("name", "type", "location", "firmware")
-        }
-        same["profile"] = (request.profile or DEFAULT) == device.profile
-        same["metadata"] = dict(request.metadata) == device.metadata
-        same["topics"] = known.topics == (
-            None if topics is None else tuple((topic.filter, topic.access) for topic in topics)
-        )
-        other = [name for name, is_same in same.items() if not is_same]
-        if other:
-            raise ExternalIdTaken(
-                f"The external_id is that of device {device.id}, whose {' and '.join(other)} is another; change that"
-                " device, or give the row another external_id."
-            )
+        request = with_life(request, life_among(of_device), terms)
+        job = CredentialJob(known.tenant, device_id, request, topics, now, terms)
+        return _Task(candidate, job, None, of_device, group_id)
 
     def _repeated(
-        self, candidate: Candidate, request: DeviceRequest, found: KnownDevice, known: _Known
+        self, candidate: Candidate, request: DeviceRequest, found: KnownDevice, known: Known
     ) -> _Task | RowDone:
         """Return what a row gets whose device was there already."""
         device, certificate = found.device, found.certificate
@@ -331,6 +297,7 @@ class Batches:
             return answer
         topics = checked_topics(self._settings, known.tenant, found.topics, device.id)
         terms = terms_of(known.profiles, request.profile, device.id, request)
+        request = with_life(request, life_among(known.groups_of.get(device.id, ())), terms)
         job = CredentialJob(known.tenant, device.id, request, topics, self._clock(), terms)
         return _Task(candidate, job, found)
 
@@ -413,9 +380,11 @@ class Batches:
         changes = [task.known is not None or broker_must_learn(task.job.topics, style) for task, _ in issued]
         new_ids = [task.candidate.external_id for task, _ in issued if task.known is None]
         taken = bulk.find_known(tx, tenant_id, [external_id for external_id in new_ids if external_id is not None])
+        members = {task.job.device_id: task.groups for task, _ in issued if task.groups}
+        of_groups = memberships.refusals(tx, tenant_id, members)
         # Before the locks of the refusals, as in an admission: else the two could wait for each other.
         generation = db.next_generation(tx, at=now) if any(changes) else 0
-        refusals, superseded = _refusals(tx, tenant_id, issued, now), set[str]()
+        refusals, superseded = of_groups | _refusals(tx, tenant_id, issued, now), set[str]()
         replaced = [task.known for task, _ in issued if task.known is not None and task.job.device_id not in refusals]
         if replaced:
             superseded = bulk.supersede_unfetched(tx, tenant_id, replaced, at=now, generation=generation)
@@ -479,6 +448,8 @@ def _admission(task: _Task, credentials: IssuedCredentials) -> Admission:
         detail={"key": "csr" if credentials.bundle is None else "made here", "row": task.candidate.row},
         request=task.job.request,
         topics=task.job.topics,
+        groups=task.groups,
+        topics_group_id=task.topics_group_id,
     )
 
 

@@ -20,7 +20,7 @@ from store.database import Database
 from store.devices import DeviceRecord
 from store.enrolment import EnrolmentRecord, ReenrolmentRecord, WaitingDevice
 from store.quotas import count_clients
-from workflows import events
+from workflows import events, memberships
 from workflows.admission import add_pending, checked_topics
 from workflows.credentials import DeviceRequest
 from workflows.events import EventType
@@ -44,15 +44,23 @@ class Approvals:
     def expect(self, actor: Actor, request: DeviceRequest) -> str:
         """Add a device that is to enrol by itself, and return its id.
 
-        Raises ``ExternalIdTaken``, ``ProfileRefused``, ``TopicRefused``, ``QuotaReached``.
+        Raises ``ExternalIdTaken``, ``ProfileRefused``, ``TopicRefused``, ``QuotaReached``, ``InputInvalid`` for an
+        unknown group, ``GroupsDisagree``, ``Forbidden``.
         """
         now = self._clock()
         device_id = db.new_device_id(now)
         tenant = self._tenants.of(actor.tenant_id)
-        topics, most = checked_topics(self._settings, tenant, request.topics, device_id), tenant.quotas.devices
+        own, most = checked_topics(self._settings, tenant, request.topics, device_id), tenant.quotas.devices
         with self._database.transaction() as tx:
-            add_pending(tx, actor.tenant_id, device_id, request, topics, most=most, now=now)
+            of_device = memberships.find_groups(tx, actor, request.groups)
+            members = {device_id: of_device} if of_device else {}
+            for error in memberships.refusals(tx, actor.tenant_id, members).values():
+                raise error
+            topics, group_id = memberships.topics_of_new(own, of_device)
+            add_pending(tx, actor.tenant_id, device_id, request, topics, most=most, now=now, topics_group_id=group_id)
+            memberships.put_into_groups(tx, actor.tenant_id, members, now=now)
             audit.record(tx, actor, "device:expect", f"device:{device_id}", at=now)
+            memberships.record_put(tx, actor, members, now=now)
         return device_id
 
     def approve(self, actor: Actor, device_id: str, key_fingerprint: str | None = None) -> DeviceStatus:

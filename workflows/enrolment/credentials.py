@@ -32,7 +32,7 @@ from workflows.attestation.policies import PolicyRequest, check_policy, set_poli
 from workflows.credentials import CredentialIssuer, CredentialRequest, IssuedCredentials
 from workflows.delivery import KeptAnswers, MadeSecret
 from workflows.enrolment.clients import ManufacturedClient
-from workflows.groups import with_life
+from workflows.memberships import with_life
 from workflows.profiles import find_profiles
 from workflows.tenants import TenantTerms
 

@@ -33,7 +33,7 @@ from workflows.enrolment.credentials import (
     check_token,
 )
 from workflows.events import EventType
-from workflows.groups import life_in_groups
+from workflows.memberships import life_in_groups
 from workflows.profiles import find_profiles, terms_of, terms_of_device
 from workflows.tenants import TenantDirectory, TenantRates
 

@@ -29,7 +29,7 @@ from workflows.enrolment.credentials import (
     check_token,
 )
 from workflows.events import EventType
-from workflows.groups import life_in_groups
+from workflows.memberships import life_in_groups
 from workflows.profiles import terms_of_device
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory

@@ -12,7 +12,7 @@ from flask import Flask
 from app import portal_of
 from store.generations import narrowed_since
 from tests.support.harness import Api, csr_pem, problem_of
-from workflows import groups
+from workflows import groups, memberships
 from workflows.reconciliation import Outcome
 
 NOBODY = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
@@ -98,7 +98,7 @@ def test_a_name_is_taken_once_and_must_be_one(api: Api) -> None:
 
 def test_a_tenant_has_a_limited_number_of_groups_and_members(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "MAX_GROUPS", 1)
-    monkeypatch.setattr(groups, "MAX_MEMBERS", 1)
+    monkeypatch.setattr(memberships, "MAX_MEMBERS", 1)
     first, second = (api.register()["device_id"] for _ in range(2))
     added(api, "pilots", first)
     problem_of(api.post("/groups", {"name": "others"}), 409, "quota_reached")

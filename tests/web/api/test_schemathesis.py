@@ -171,7 +171,8 @@ RULES = {
 
 
 def fit_body(body: dict[str, Any], there: There) -> None:
-    body.update({name: rule for name, rule in RULES.items() if body.get(name)})
+    existing = RULES | {"groups": [there.parts_of_paths["group"]]}
+    body.update({name: rule for name, rule in existing.items() if body.get(name)})
     if body.get("csr") is not None:
         body["csr"] = there.csr
         body.pop("key_type", None)
