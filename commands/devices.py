@@ -159,7 +159,11 @@ def seen(device: Mapping[str, Any]) -> Cell:
 
 @command(
     "expiring",
-    examples=["portal expiring", "portal expiring --within 90d", "portal expiring | cut -f1 | xargs -n1 portal renew"],
+    examples=[
+        "portal expiring",
+        "portal expiring --within 90d",
+        "portal expiring | cut -f1 | portal renew - --results renewed.ndjson --yes",
+    ],
 )
 @click.option("--within", type=Time(), default="30d", show_default=True, metavar="TIME", help="A date, a time, or 30d.")
 def expiring(portal: Remote, within: str) -> None:
@@ -251,6 +255,8 @@ def _value(name: str, value: object, device: dict[str, Any]) -> Cell:
         return moment(value, expiry=device.get("status") != "revoked")
     if name.endswith("_at") or name in ("not_before", "renewable_from", "connected_since", "last_seen"):
         return moment(value)
+    if isinstance(value, list):
+        return text(" ".join(map(str, value)) or None)
     return text(value)
 
 

@@ -101,6 +101,16 @@ def _roots(ca_file: Path) -> Sequence[bytes]:
     return [one.public_bytes(Encoding.DER) for one in found if one.subject == one.issuer]
 
 
+def _is_root(der: bytes) -> bool:
+    from cryptography import x509
+
+    try:
+        found = x509.load_der_x509_certificate(der)
+    except ValueError:
+        return False
+    return found.subject == found.issuer
+
+
 def _is_served(client: Client, base: str, root: bytes) -> bool:
     answer = client.get_public(f"{base}/ca/{sha256(root).hexdigest()}.cer")
     return answer.status == 200 and answer.body == root
@@ -142,7 +152,17 @@ def trust_by_fingerprint(portal: Remote, link: str, fingerprint: str) -> None:
         raise CheckFailed(
             f"The server at {base} has no root certificate with this fingerprint, so it may be another than the portal;"
             " the link was not used.",
-            hints=["Check that link and fingerprint were copied whole; ask whoever sent them."],
+            hints=[
+                "Check that link and fingerprint were copied whole; ask whoever sent them."
+                if base.startswith("https:")
+                else f"The portal speaks HTTPS; the link must begin with https:{base.partition(':')[2]}"
+            ],
+        )
+    if not _is_root(der):
+        raise CheckFailed(
+            "This is the fingerprint of a certificate that is not the root's, so it cannot verify the portal;"
+            " the link was not used.",
+            hints=["Ask for the fingerprint of the portal's root certificate, the last one in its ca.pem."],
         )
     with tempfile.NamedTemporaryFile("w", suffix=".pem", delete=False) as file:
         file.write(ssl.DER_cert_to_PEM_cert(der))

@@ -165,7 +165,7 @@ class Inventory:
         Raises ``NotFound`` for a group, ``InputInvalid`` for a cursor that no page of this list gave; ``GuardNeeded``
         and ``BrokerUnavailable`` if ``wanted`` asks who is connected, and that is never known, or not known now.
         """
-        after = None if cursor is None else _read_cursor(cursor, wanted)
+        after = None if cursor is None else _read_cursor(cursor, tenant_id, wanted)
         contact = self._known_contact(wanted)  # first: what is read then is at least as new
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
@@ -174,7 +174,7 @@ class Inventory:
             page, next_place = found.devices[:limit], found.end
             if len(found.devices) > limit:
                 next_place = place_of(page[-1], wanted)
-            cursor = None if next_place is None else _make_cursor(next_place, wanted)
+            cursor = None if next_place is None else _make_cursor(next_place, tenant_id, wanted)
             return self._page(tx, tenant, page, contact, cursor)
 
     def _known_contact(self, wanted: DeviceFilter) -> Contact:
@@ -276,18 +276,18 @@ def _not_known(settings: Settings) -> PortalError:
     )
 
 
-def _make_cursor(place: Place, wanted: DeviceFilter) -> str:
+def _make_cursor(place: Place, tenant_id: str, wanted: DeviceFilter) -> str:
     values = [value.isoformat() if isinstance(value, datetime) else value for value in place]
-    text = json.dumps([wanted.order, _digest(wanted), *values], separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps([wanted.order, _digest(tenant_id, wanted), *values], separators=(",", ":"), ensure_ascii=False)
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def _read_cursor(cursor: str, wanted: DeviceFilter) -> Place:
+def _read_cursor(cursor: str, tenant_id: str, wanted: DeviceFilter) -> Place:
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
         order, digest, *lead, at, device_id = json.loads(text)
         time = datetime.fromisoformat(at).astimezone(UTC)
-        if order != wanted.order or digest != _digest(wanted) or not is_device_id(device_id):
+        if order != wanted.order or digest != _digest(tenant_id, wanted) or not is_device_id(device_id):
             raise ValueError("not of the form that a page gives")
         return *_read_lead(lead, wanted), time, device_id
     except (ValueError, TypeError, OverflowError, RecursionError):
@@ -297,13 +297,13 @@ def _read_cursor(cursor: str, wanted: DeviceFilter) -> Place:
         ) from None
 
 
-def _digest(wanted: DeviceFilter) -> str:
-    """Return what tells the filters of one list from those of another, by which its cursor is bound to them.
+def _digest(tenant_id: str, wanted: DeviceFilter) -> str:
+    """Return what tells a tenant's list by some filters from any other list, by which its cursor is bound to them.
 
     A time in ``expires_before`` counts as any other: the next 30 days are other ones a minute later.
     """
     values = dataclasses.asdict(dataclasses.replace(wanted, sort=None, expires_before=None))
-    told = json.dumps([values, wanted.expires_before is not None], sort_keys=True)
+    told = json.dumps([tenant_id, values, wanted.expires_before is not None], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -193,6 +193,12 @@ CONNECTIONS: dict[str, tuple[Any, list[str], str]] = {
 }
 
 
+@pytest.mark.parametrize(("groups", "shown"), [([], ""), (["pilots", "meters"], "pilots meters")])
+def test_groups_are_shown_as_they_are_listed(session: Session, stub: PortalStub, groups: list[str], shown: str) -> None:
+    device_id = stub.add_device(groups=groups)
+    assert f"groups\t{shown}" in session.run("show", device_id).stdout.splitlines()
+
+
 @pytest.mark.parametrize(("connection", "words", "cell"), CONNECTIONS.values(), ids=CONNECTIONS)
 def test_a_connection_is_shown_in_words(
     session: Session, stub: PortalStub, connection: Any, words: list[str], cell: str

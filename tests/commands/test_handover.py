@@ -156,3 +156,22 @@ def test_a_server_without_that_root_does_not_get_the_link(session: Session, stub
     assert result.exit_code == 1
     assert "has no root certificate with this fingerprint" in result.stderr
     assert [request.path for request in stub.requests] == [f"/ca/{FINGERPRINT}.cer"]
+
+
+def test_a_link_that_begins_with_http_is_told_to_begin_with_https(session: Session, stub: PortalStub) -> None:
+    stub.replies["GET", f"/ca/{FINGERPRINT}.cer"] = Reply(400, "This port speaks HTTPS, not HTTP.")
+    result = session.run("download", stub.add_link(b"PK"), "--fingerprint", FINGERPRINT)
+    assert result.exit_code == 1
+    assert f"the link must begin with {stub.url.replace('http:', 'https:')}" in result.stderr
+
+
+def test_the_fingerprint_of_an_issuing_ca_is_refused_in_words_and_the_link_is_kept(
+    session: Session, stub: PortalStub
+) -> None:
+    der = stub.pki.issuing.certificate.public_bytes(Encoding.DER)
+    fingerprint = sha256(der).hexdigest()
+    stub.replies["GET", f"/ca/{fingerprint}.cer"] = Reply(body=der)
+    result = session.run("download", stub.add_link(b"PK"), "--fingerprint", fingerprint)
+    assert result.exit_code == 1
+    assert "not the root's" in result.stderr
+    assert [request.path for request in stub.requests] == [f"/ca/{fingerprint}.cer"]

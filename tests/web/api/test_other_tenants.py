@@ -219,12 +219,11 @@ def test_no_filter_finds_what_is_another_tenants(owned: Owned, neighbours: dict[
     assert told(answer, owned, path) == []
 
 
-def test_a_cursor_of_another_tenants_list_leads_to_nothing_of_it(
-    owner: Api, owned: Owned, neighbours: dict[Role, Api]
-) -> None:
+def test_a_cursor_of_another_tenants_list_is_refused(owner: Api, owned: Owned, neighbours: dict[Role, Api]) -> None:
     cursor = owner.get("/devices?limit=1").json["next_cursor"]
     assert cursor is not None
     answer = neighbours[Role.ADMIN].get(f"/devices?cursor={cursor}&limit=200")
+    assert (answer.status_code, answer.json["errors"][0]["field"]) == (422, "cursor")
     assert told(answer, owned, cursor) == []
 
 
