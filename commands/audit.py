@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def export(portal: Remote, out: Path | None, file: Path | None, force: bool) -> 
             writer.write(part)
             size += len(part)
     portal.out.result({"file": str(path), "size": size}, done=f"Saved the audit record in {path}")
-    portal.out.next_step(f"portal audit verify {file} --key KEY --checkpoint FILE")
+    portal.out.next_step(f"portal audit verify {shlex.quote(str(path))} --key KEY --checkpoint FILE")
 
 
 @command("checkpoint", audit, examples=["portal audit checkpoint", "portal audit checkpoint --out today.checkpoint"])

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from commands.context import YES, ProfileName, Remote, command, confirm, group, option_group
-from commands.output import Cell, text
+from commands.output import Cell, moment, text
 from commands.times import Span
 from commands.vocabulary import KEY_TYPES
 
@@ -181,4 +181,4 @@ def _words(values: Any) -> Cell:
 def _show(portal: Remote, answer: dict[str, Any], *, done: str = "") -> None:
     fields = {name: _words(answer[name]) if isinstance(answer.get(name), list) else text(answer.get(name))
               for name in FIELDS}  # fmt: skip
-    portal.out.result(answer, fields, done=done)
+    portal.out.result(answer, fields | {"updated_at": moment(answer.get("updated_at"))}, done=done)

@@ -242,7 +242,13 @@ GROUP = {
     "members": 1,
     "topics": [{"filter": "devices/news", "access": "read"}],
 }
-PROFILE = {"name": "tls-server", "key_types": ["ec-p256"], "dns_names": ["{name}.example.com"], "max_days": 90}
+PROFILE = {
+    "name": "tls-server",
+    "key_types": ["ec-p256"],
+    "dns_names": ["{name}.example.com"],
+    "max_days": 90,
+    "updated_at": "2027-01-01T00:00:00Z",
+}
 TENANT = {"name": "acme", "status": "active", "topic_prefix": "acme", "est_label": "acme", "broker": "enforced"}
 COMMANDS: dict[
     str, tuple[str, str, dict[str, Any] | bytes] | None
@@ -327,7 +333,11 @@ COMMANDS: dict[
     ),
     f"webhook remove {SHORT_ID} --yes": ("DELETE", f"/webhooks/{SHORT_ID}", {"name": "x", "waiting": 1}),
     f"webhook redeliver {SHORT_ID}": ("POST", f"/webhooks/{SHORT_ID}/redeliver", {"redelivered": 1}),
-    f"webhook test {SHORT_ID}": ("POST", f"/webhooks/{SHORT_ID}/test", {"delivered": True, "status": 200}),
+    f"webhook test {SHORT_ID}": (
+        "POST",
+        f"/webhooks/{SHORT_ID}/test",
+        {"delivered": True, "status": 200, "milliseconds": 31},
+    ),
 }
 ELSEWHERE = {"download", "unpack"}  # on a terminal below, in a pipe in test_delivery.py
 
@@ -346,6 +356,8 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_as_json(session: Session, s
     words = [command.format(file="file.csv", new=f"new-{number}").split() for number in range(3)]
     with terminal(session, *words[0], NO_COLOR="1") as seen:
         assert seen.end() == 0, seen.seen
+    if command != "export":  # which is for programs, also on a terminal
+        assert re.search(r"\dT\d\d:|\bNone\b", seen.seen) is None, "people read times in one form, and no None"
     assert session.run(*words[1]).exit_code == 0
     if command != "export":
         session.json(*words[2])

@@ -264,10 +264,11 @@ class RestConverter(BaseConverter):
 CONVERTERS: Mapping[str, type[BaseConverter]] = {"segment": SegmentConverter, "rest": RestConverter}
 _LONG_PARTS = ("request", "rest")
 _HEX = "^[0-9a-f]{16}$"
+_OF_CLIENTS = "ids are UUIDs in lower case; a name goes into ?name=, with - in place of the id."
 # The variable parts of paths: the pattern, and what is raised for a part that does not match it.
 PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
-    "device_id": (REFERENCE, DeviceNotFound, "No device has this id: ids are UUIDs in lower case."),
-    "application_id": (REFERENCE, ApplicationNotFound, "No application has this id: ids are UUIDs in lower case."),
+    "device_id": (REFERENCE, DeviceNotFound, f"No device has this id: {_OF_CLIENTS}"),
+    "application_id": (REFERENCE, ApplicationNotFound, f"No application has this id: {_OF_CLIENTS}"),
     "token_id": (_HEX, NotFound, "No operator token has this id: ids are 16 hexadecimal digits."),
     "session_id": (_HEX, NotFound, "No session has this id; it may have ended."),
     "webhook_id": (_HEX, NotFound, "No webhook has this id: ids are 16 hexadecimal digits."),
