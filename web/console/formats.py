@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+# How a cell begins that is a formula, also behind what is left out before it, as older versions stored it.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 # A unit counts from nearly one of it on, so that no smaller one is rounded up to it.
 _UNITS = (("year", 365 * 86400), ("month", 30 * 86400), ("day", 86400), ("hour", 3600), ("minute", 60))
 _NEARLY = 0.97
@@ -74,7 +76,7 @@ def value_text(value: Any) -> str:
 def csv_line(cells: Iterable[str]) -> bytes:
     """Return a line of CSV, in which no cell is one that a spreadsheet takes for a formula."""
     line = io.StringIO()
-    csv.writer(line).writerow([f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell for cell in cells])
+    csv.writer(line).writerow([f"'{cell}" if cell.startswith(_FORMULA) else cell for cell in cells])
     return line.getvalue().encode()
 
 
