@@ -199,7 +199,7 @@ def logout(portal: Remote, profile: str | None, all_: bool) -> None:
     removed = [name for name in names if remove_login(login_path(os.environ, name))]
     portal.out.result({"removed": bool(removed)}, done="Logged out." if removed else "")
     there_is_none = "There is no saved login." if chosen == DEFAULT_PROFILE else f"There is no login profile {chosen}."
-    portal.out.note("The token is still valid; to revoke it, use portal token revoke." if removed else there_is_none)
+    portal.out.note("The token is still valid; to revoke it: portal token revoke ID" if removed else there_is_none)
 
 
 @group("token")

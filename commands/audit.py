@@ -165,7 +165,9 @@ def key(portal: Remote) -> None:
 )
 @click.argument("file", help="An export of the record; - for standard input.")
 @click.option("--key", "keys", metavar="KEY", multiple=True, required=True, help="Public key, or a file with it.")
-@click.option("--checkpoint", "notes", metavar="FILE", multiple=True, required=True, help="A checkpoint to check by.")
+@click.option(
+    "--checkpoint", "notes", metavar="FILE", multiple=True, required=True, help="A checkpoint to check by. Repeatable."
+)
 def verify(portal: Remote, file: str, keys: tuple[str, ...], notes: tuple[str, ...]) -> None:
     """Verify an export of the audit record, offline.
 

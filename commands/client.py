@@ -191,7 +191,10 @@ class Client:
         if self._settings.token is None:
             raise Misused(
                 "There is no operator token.",
-                hints=["Run portal login, or load the settings that the server wrote: . data/operator.env"],
+                hints=[
+                    "To save one, run: portal login",
+                    "On the portal's machine, load the settings that the server wrote: . data/operator.env",
+                ],
             )
         return self._settings.token
 

@@ -88,7 +88,7 @@ def profile_options(*, new: bool) -> Callable[[Any], Any]:
         click.option(
             "--repeated-serial",
             type=click.Choice(("operator", "same_device", "new_device")),
-            help="What a device with a known serial number and another key is; operator: an operator decides."
+            help="What a known serial number with another key means; operator: an operator decides."
             + default("operator"),
         ),
         click.option("--attestation", metavar="FILE", help=ATTESTATION_HELP),

@@ -344,5 +344,5 @@ def _show(portal: Remote, results: Results, tally: Tally) -> None:
     if link is not None and not tally.downloaded:
         option = trust_at(portal, base_of(link)).option
         portal.out.note(
-            f"Whoever gets a link opens it in a browser, or fetches the bundle with: portal download LINK{option}"
+            f"The recipient of a link opens it in a browser, or fetches the bundle with: portal download LINK{option}"
         )

@@ -84,16 +84,16 @@ def read_logins(path: Path) -> Sequence[Login]:
         if stat.S_IMODE(status.st_mode) & 0o077:
             raise Misused(
                 f"The saved login {path} is readable by others, so they may know its token.",
-                hints=["Revoke that token, then run: portal logout; portal login"],
+                hints=["Revoke that token, then delete the login: portal logout", "Save another token: portal login"],
             )
         if status.st_uid != os.geteuid():
-            raise Misused(f"The saved login {path} belongs to another user; run portal login as yourself.")
+            raise Misused(f"The saved login {path} belongs to another user.", hints=["Save one of yours: portal login"])
         content = file.read(MAX_LOGIN)
     try:
         saved: dict[str, Any] = json.loads(content)
         return [_parse_login(one) for one in (saved, *saved.get("others", ()))]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise Misused(f"The saved login {path} is damaged; run portal login again.") from None
+        raise Misused(f"The saved login {path} is damaged.", hints=["Save it again: portal login"]) from None
 
 
 def _parse_login(saved: Mapping[str, Any]) -> Login:

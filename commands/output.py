@@ -42,6 +42,7 @@ _STATUS_STYLES = {
 _ABBREVIATIONS = ("ca", "crl", "dns", "est", "ip", "url")
 EXPIRES_SOON_DAYS = 30
 _SUGGESTED = re.compile(r"(?:^|(?<=: ))portal (?=[a-z-])")  # the program's name, where a command is suggested
+_NAMES_LOGIN = "login --profile "  # a command that says by itself which saved login is meant
 PROGRESS_SECONDS = 10.0  # between two lines of progress if standard error is not a terminal
 
 
@@ -71,6 +72,8 @@ def text(value: object) -> Cell:
         return Cell("", "-", "dim")
     if isinstance(value, str | int | float):
         return Cell(str(value))
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return Cell(json.dumps(value, ensure_ascii=False), ", ".join(value) or "-", "" if value else "dim")
     return Cell(json.dumps(value, ensure_ascii=False, sort_keys=True))
 
 
@@ -141,7 +144,7 @@ class Output:
         """Begin; what is suggested has the ``chosen`` options, else it would be done at another portal or tenant."""
         self.as_json = as_json
         self.for_people = sys.stdout.isatty() and not as_json
-        self._program = shlex.quote(os.environ.get("PORTAL_COMMAND") or "portal")
+        self._program = self._bare = shlex.quote(os.environ.get("PORTAL_COMMAND") or "portal")
         for option, value in (chosen or {}).items():
             if value is not None:
                 self._program += f" {option} {shlex.quote(value)}"
@@ -255,7 +258,12 @@ class Output:
 
     def _suggesting(self, sentence: str) -> str:
         """Return a sentence, clean, whose commands have the program's name as it was typed."""
-        return clean(_SUGGESTED.sub(lambda _: f"{self._program} ", sentence))
+
+        def program(found: re.Match[str]) -> str:
+            names_login = sentence.startswith(_NAMES_LOGIN, found.end())
+            return f"{self._bare if names_login else self._program} "
+
+        return clean(_SUGGESTED.sub(program, sentence))
 
     def _print(self, *parts: Part, wraps: bool = True) -> None:
         """Print a line on standard error; it is broken between words, but for a command, which has to be copied whole.

@@ -22,7 +22,7 @@ _OF_ONE = ("csr", "out", "password_file", "password_out", "idempotency_key")
         "portal renew sensor-7 --out sensor-7-new",
         "portal renew sensor-7 --csr sensor-7.csr --out sensor-7-new",
         "portal renew sensor-7 --overlap 0",
-        "portal renew --group pilots --expiring 30d --results renewed.ndjson",
+        "portal renew --group pilots --expires-before 30d --results renewed.ndjson",
     ],
 )
 @many_devices

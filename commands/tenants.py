@@ -47,28 +47,40 @@ def choice_options() -> Callable[[Any], Any]:
     """Return the options of what a tenant chooses, and how much it may take."""
     return option_group(
         click.option(
-            "--validity", "device_days", type=Span("d", 36500), metavar="DURATION", help="Of certificates, such as 90d."
+            "--validity",
+            "device_days",
+            type=Span("d", 36500),
+            metavar="DURATION",
+            help="Validity of certificates if none is asked for, such as 90d.",
         ),
         click.option("--key-type", type=click.Choice(KEY_TYPES), help="Type of the devices' keys."),
-        click.option("--format", "bundle_format", type=click.Choice(FORMATS), help="Format of bundles."),
         click.option(
-            "--link-validity", "link_hours", type=Span("h", 8760), metavar="DURATION", help="Of links, such as 12h."
+            "--format", "bundle_format", type=click.Choice(FORMATS), help="Bundle format if none is asked for."
         ),
-        click.option("--max-devices", "devices", type=_NUMBER, metavar="N", help="How many it may have."),
+        click.option(
+            "--link-validity",
+            "link_hours",
+            type=Span("h", 8760),
+            metavar="DURATION",
+            help="Validity of download links, such as 12h.",
+        ),
+        click.option(
+            "--max-devices", "devices", type=_NUMBER, metavar="N", help="Maximum number of devices and applications."
+        ),
         click.option(
             "--max-registrations",
             "registrations_per_minute",
             type=_NUMBER,
             metavar="N",
-            help="How many devices it may register a minute.",
+            help="Maximum registrations a minute.",
         ),
-        click.option("--max-uploads", "bulk_uploads", type=_NUMBER, metavar="N", help="Imports at one time."),
+        click.option("--max-uploads", "bulk_uploads", type=_NUMBER, metavar="N", help="Maximum imports at a time."),
         click.option(
             "--max-deliveries",
             "webhook_deliveries_per_minute",
             type=_NUMBER,
             metavar="N",
-            help="Events sent to its webhooks a minute.",
+            help="Maximum events sent to its webhooks a minute.",
         ),
     )
 
@@ -160,7 +172,13 @@ def tenant_add(
 )
 @click.argument("name", type=TenantName(), help="Name of the tenant.")
 @choice_options()
-@click.option("--clear", type=click.Choice((*CHOICES, *QUOTAS)), multiple=True, help="Take this back. Repeatable.")
+@click.option(
+    "--clear",
+    type=click.Choice((*CHOICES, *QUOTAS)),
+    multiple=True,
+    metavar="NAME",
+    help="Remove this choice or quota. Repeatable.",
+)
 def tenant_update(portal: Remote, /, name: str, clear: tuple[str, ...], **options: Any) -> None:
     """Change what a tenant chooses, and how much it may take.
 

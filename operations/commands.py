@@ -10,7 +10,9 @@ import logging
 import os
 import resource
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ NO_FRONT_SERVER = (
 
 # The exit status of a restore that could not read all that was changed since; 1 and 2 are click's.
 RESTORED_IN_PART = 3
+_SAID_FROM = 31  # the column in which the doctor says what it found
 _COLOURS = {State.OK: "green", State.WARNING: "yellow", State.PROBLEM: "red"}
 
 
@@ -420,16 +423,28 @@ def doctor(as_json: bool, broker_config: Path | None) -> None:
     ):
         findings.append(finding)
         if not as_json:
-            click.echo(_line(finding))
+            click.echo(line_of(finding, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     sys.exit(doctors.exit_status(findings))
 
 
-def _line(finding: Finding) -> str:
+def line_of(finding: Finding, width: int | None) -> str:
+    """Return a finding as one line, or for a terminal of ``width`` columns as several, each below the last.
+
+    Advice with a command is not broken, since the command has to be copied whole.
+    """
     state = click.style(f"{finding.state:<7}", fg=_COLOURS[finding.state])
-    advice = f" -> {finding.advice}" if finding.advice else ""
-    return f"{state}  {finding.name:<20}  {finding.detail}{advice}"
+    advice = f"-> {finding.advice}" if finding.advice else ""
+    if width is None or _SAID_FROM + len(finding.detail) + 1 + len(advice) <= width:
+        said = [f"{finding.detail} {advice}".rstrip()]
+    else:
+        said = [*_broken(finding.detail, width), *([advice] if "run: " in advice else _broken(advice, width))]
+    return f"{state}  {finding.name:<20}  " + f"\n{' ' * _SAID_FROM}".join(said)
+
+
+def _broken(sentence: str, width: int) -> list[str]:
+    return textwrap.wrap(sentence, max(width - _SAID_FROM, 20), break_long_words=False, break_on_hyphens=False)
 
 
 # --- All of them ------------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def room_for_clients(tx: Connection, tenant_id: str, most: int) -> int:
 def quota_reached(most: int) -> QuotaReached:
     """Return the refusal of a tenant that has as many as it may."""
     return QuotaReached(
-        f"The tenant has as many devices and applications as its quota allows ({most}); revoke some, or ask whoever"
-        " runs this portal for more."
+        f"The tenant has as many devices and applications as its quota allows ({most}); revoke some, or ask an"
+        " operator of the role system for more."
     )
 
 

@@ -57,7 +57,7 @@ class TenantTerms:
     def check_served(self) -> None:
         """Raise ``TenantSuspended`` unless the tenant is active."""
         if self.status is not TenantStatus.ACTIVE:
-            raise TenantSuspended(f"The tenant is {self.status}: ask whoever runs this portal.")
+            raise TenantSuspended(f"The tenant is {self.status}: ask an operator of the role system.")
 
 
 def check_tenants(settings: Settings, records: Sequence[TenantRecord]) -> None:

@@ -43,7 +43,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("broker files", broker.broker_files),
     ("ACL entries", broker.acl_entries),
     ("CRL entries", broker.crl_entries),
-    ("canaries", network.probe),
+    ("probe certificates", network.probe),
     ("generation", data.generation),
     ("links", data.links),
     ("device names", data.device_names),

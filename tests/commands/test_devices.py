@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from commands import client
-from commands.output import Cell, status_of
+from commands.output import Cell, status_of, text
 from tests.commands.test_terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
@@ -317,3 +317,8 @@ def test_metadata_is_changed_key_by_key(session: Session, stub: PortalStub) -> N
     session.run("update", device_id, "--no-metadata", "--metadata", "a=b")
     assert stub.requests[-1].body == {"metadata": {"a": "b"}}
     assert session.run("update", device_id, "--no-metadata", "--remove-metadata", "a").exit_code == 2
+
+
+def test_a_list_of_names_is_words_for_people_and_json_for_programs() -> None:
+    assert text(["meters", "pilots"]) == Cell('["meters", "pilots"]', "meters, pilots")
+    assert (text([]).plain, text([]).shown) == ("[]", "-")

@@ -294,6 +294,7 @@ def test_the_end_of_an_import_says_what_whoever_gets_a_link_does_with_it(session
     stub.replies[BULK] = rows_reply([row | {"download_url": stub.add_link(b"PK")}])
     result = session.run("import", write_fleet(session.folder, 1, own="unit-"), "--out", "out")
     assert (
-        "Whoever gets a link opens it in a browser, or fetches the bundle with: portal download LINK\n" in result.stderr
+        "The recipient of a link opens it in a browser, or fetches the bundle with: portal download LINK\n"
+        in result.stderr
     )
     assert "bundle-password-1" not in result.output

@@ -154,3 +154,7 @@ def test_a_profile_remembers_the_tenants_of_its_portal(saved: Session, factory: 
     assert saved.run("--profile", "factory", "--tenant", "acme", "list").exit_code == 0
     assert saved.run("--tenant", "acme", "list").exit_code == 2
     assert saved.run("list", "--tenant", "default", env={"PORTAL_PROFILE": "factory"}).exit_code == 0
+
+
+def test_the_command_to_save_a_login_profile_names_it_once(saved: Session) -> None:
+    assert "To save it, run: portal login --profile other --url URL" in saved.run("--profile", "other", "list").stderr

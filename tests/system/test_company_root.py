@@ -133,7 +133,7 @@ def test_a_company_root_signs_the_issuing_ca_and_devices_connect(
         client = device.client()
         assert client.publish(f"devices/{device.id}/up") in ("Success", "No matching subscribers")
         client.close()
-    for name in ("CA chain", "CAs above", "broker certificate", "portal certificate", "canaries"):
+    for name in ("CA chain", "CAs above", "broker certificate", "portal certificate", "probe certificates"):
         assert name not in examine(deployment)[1]
 
     # CRL and OCSP verify up to the company's root.

@@ -36,10 +36,17 @@ def test_a_broker_that_is_stopped(running: Deployment) -> None:
     running.start_broker()
     running.wait_ready()
     assert status == 1
-    assert {"broker", "broker certificate", "canaries", "portal"} <= bad.keys()
+    assert {"broker", "broker certificate", "probe certificates", "portal"} <= bad.keys()
     assert "internal listener" in bad["broker"]
     assert "does not answer" in bad["broker"]
-    assert bad.keys() <= {"broker", "broker certificate", "canaries", "portal", "broker configuration", "generation"}
+    assert bad.keys() <= {
+        "broker",
+        "broker certificate",
+        "probe certificates",
+        "portal",
+        "broker configuration",
+        "generation",
+    }
 
 
 def test_files_of_the_broker_that_were_changed_by_hand(running: Deployment) -> None:

@@ -91,7 +91,7 @@ def test_clients_verify_both_servers_by_an_outside_root_and_renewals_are_taken(
     client.close()
     shown_certificates = certificates_of(deployment, device, root)
     assert {one.issuer.rfc4514_string() for one in shown_certificates} == {"CN=Outside Root"}
-    names = ("portal certificate", "broker certificate", "canaries", "broker configuration", "CA chain")
+    names = ("portal certificate", "broker certificate", "probe certificates", "broker configuration", "CA chain")
     assert not set(names) & set(examine(deployment)[1])
 
     # Whom that CA has certified under the device's name is nobody at the broker.

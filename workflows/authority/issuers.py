@@ -104,7 +104,7 @@ class Issuers:
         """Return the CA that signs the certificates of a tenant's devices; raises ``IssuerUnusable`` without one."""
         if tenant_id not in self._issuing:
             raise IssuerUnusable(
-                f"The tenant {tenant_id} has no CA that issues certificates yet; ask whoever runs the installation."
+                f"The tenant {tenant_id} has no CA that issues certificates yet; ask an operator of the role system."
             )
         return self._issuing[tenant_id]
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from urllib.parse import unquote
 
+import click
 import pytest
 import sqlalchemy as sa
 
@@ -19,6 +20,7 @@ from config import Settings
 from core.broker_control import AclStyle, ControlKind
 from core.roles import Role
 from core.states import ClientKind
+from operations.commands import line_of
 from operations.doctor import authority, data, doctor, network
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
 from operations.doctor.doctor import examine, exit_status
@@ -37,7 +39,7 @@ from workflows.operators import new_token
 # What cannot be well in these tests, where neither the server nor the broker runs.
 ABSENT = {
     *("portal", "portal certificate", "CRL served", "OCSP served"),
-    *("broker", "broker certificate", "canaries", "generation"),
+    *("broker", "broker certificate", "probe certificates", "generation"),
 }
 
 
@@ -656,3 +658,14 @@ def test_an_address_of_the_broker_that_only_this_machine_reaches_is_found(
         [finding] = examine(settings, clock, checks=check)
         assert finding.state is state, finding
     assert "PORTAL_MQTT_HOST" in finding.advice
+
+
+def test_at_a_terminal_a_finding_is_broken_between_words_and_the_command_in_its_advice_is_not() -> None:
+    found = dataclasses.replace(
+        problem("There is no data folder at this place.", "Now run: ./portal-server init a b"), name="x"
+    )
+    assert len(line_of(found, None).splitlines()) == 1
+    first, *others = line_of(found, 55).splitlines()
+    assert len(click.unstyle(first)) <= 55
+    assert [line[:31].strip() for line in others] == [""] * len(others)
+    assert others[-1].strip() == "-> Now run: ./portal-server init a b"
