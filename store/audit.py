@@ -94,9 +94,13 @@ def record_all(
     *,
     at: datetime,
     outcome: str = "done",
+    head: Head | None = None,
 ) -> None:
-    """Append an entry for each of ``acts`` (action, object, detail), as ``record`` does for one."""
-    head = lock_audit_head(tx, actor.tenant_id)
+    """Append an entry for each of ``acts`` (action, object, detail), as ``record`` does for one.
+
+    ``head`` is that of the record, if the transaction has locked it and appended nothing since.
+    """
+    head = head or lock_audit_head(tx, actor.tenant_id)
     number, previous_hash, tree = head.number, head.hash, Edge(head.number, head.edge)
     entries: list[dict[str, Any]] = []
     for action, object_, detail in acts:

@@ -17,6 +17,23 @@ from store.tables import Device, DeviceKey
 
 _BATCH = 500
 _INSERT = sa.insert(DeviceKey)
+_WANTED = DeviceKey.key_fingerprint.in_(sa.bindparam("wanted", expanding=True))
+_KNOWN = (
+    sa.select(
+        DeviceKey.tenant_id,
+        DeviceKey.key_fingerprint,
+        DeviceKey.device_id,
+        DeviceKey.compromised_at,
+        Device.status,
+    )
+    .outerjoin(Device, sa.and_(Device.tenant_id == DeviceKey.tenant_id, Device.id == DeviceKey.device_id))
+    .where(
+        sa.or_(  # each has an index of its own
+            sa.and_(DeviceKey.tenant_id == sa.bindparam("of_tenant"), _WANTED),
+            sa.and_(DeviceKey.compromised_at.is_not(None), _WANTED),
+        )
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +86,17 @@ def lock(tx: Connection, tenant_id: str) -> None:
     audit.lock_audit_head(tx, tenant_id)  # which every such transaction takes: another lock could make two wait
 
 
-def claim_keys(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> None:
+def claim_keys(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim], *, locked: bool = False) -> None:
     """Record keys as those of the devices that are given certificates for them now.
 
-    Raises ``KeyCompromised`` or ``KeyInUse``; the primary key refuses a second owner, whatever was looked up here.
+    ``locked`` says that the transaction has the lock of ``lock`` already. Raises ``KeyCompromised`` or ``KeyInUse``;
+    the primary key refuses a second owner, whatever was looked up here.
     """
     of_clients = [claim for claim in claims if not claim.is_new]
     known: Mapping[str, Any] = {}
     if of_clients:
-        lock(tx, tenant_id)
+        if not locked:
+            lock(tx, tenant_id)
         known, compromised = _known(tx, tenant_id, [claim.key_fingerprint for claim in of_clients])
         for error in _refusals(of_clients, known, compromised).values():
             raise error
@@ -107,21 +126,8 @@ def block_keys(
 def _known(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
     """Return the rows of a tenant's keys by their fingerprints, and which keys were compromised in any tenant."""
     own, compromised = dict[str, Any](), set[str]()
-    of_tenant, of_any = DeviceKey.tenant_id == tenant_id, DeviceKey.compromised_at.is_not(None)
     for some in _batches(key_fingerprints):
-        wanted = DeviceKey.key_fingerprint.in_(some)
-        query = (
-            sa.select(
-                DeviceKey.tenant_id,
-                DeviceKey.key_fingerprint,
-                DeviceKey.device_id,
-                DeviceKey.compromised_at,
-                Device.status,
-            )
-            .outerjoin(Device, sa.and_(Device.tenant_id == DeviceKey.tenant_id, Device.id == DeviceKey.device_id))
-            .where(sa.or_(sa.and_(of_tenant, wanted), sa.and_(of_any, wanted)))  # each has an index of its own
-        )
-        for row in tx.execute(query):
+        for row in tx.execute(_KNOWN, {"of_tenant": tenant_id, "wanted": some}):
             if row.tenant_id == tenant_id:
                 own[row.key_fingerprint] = row
             if row.compromised_at is not None:

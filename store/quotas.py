@@ -7,27 +7,30 @@ from sqlalchemy.engine import Connection
 
 from core.errors import QuotaReached
 from core.states import DeviceStatus
+from store.audit import Head, lock_audit_head
 from store.tables import AuditHead, Device
 
 _COUNT = (
     sa.update(AuditHead)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
     .values(clients=AuditHead.clients + sa.bindparam("more", type_=sa.BigInteger))
-    .returning(AuditHead.clients)
+    .returning(AuditHead.clients, AuditHead.number, AuditHead.hash, AuditHead.edge)
 )
 _LOCKED = sa.select(AuditHead.clients).where(AuditHead.tenant_id == sa.bindparam("of_tenant")).with_for_update()
 
 
-def count_clients(tx: Connection, tenant_id: str, more: int, *, most: int | None = None) -> None:
-    """Count clients that were added, or with a negative number revoked; raise ``QuotaReached`` beyond ``most``.
+def count_clients(tx: Connection, tenant_id: str, more: int, *, most: int | None = None) -> Head:
+    """Count clients that are added, or with a negative number revoked; raise ``QuotaReached`` beyond ``most``.
 
-    Call it late in a transaction, as ``store/audit.py:record``: until its end others of the tenant wait.
+    Return the head of the audit record, which is locked by the same statement: call it late in a transaction, as
+    ``store/audit.py:record``, because until its end others of the tenant wait.
     """
     if not more:
-        return
-    count = int(tx.execute(_COUNT, {"of_tenant": tenant_id, "more": more}).scalar_one())
-    if most is not None and more > 0 and count > most:
+        return lock_audit_head(tx, tenant_id)
+    row = tx.execute(_COUNT, {"of_tenant": tenant_id, "more": more}).one()
+    if most is not None and more > 0 and row.clients > most:
         raise quota_reached(most)
+    return Head(row.number, row.hash, row.edge)
 
 
 def room_for_clients(tx: Connection, tenant_id: str, most: int) -> int:

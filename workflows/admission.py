@@ -18,7 +18,7 @@ from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, check_application_topics, check_topics, default_topics
 from pki.profiles import DEFAULT
 from store import audit, deliveries, keys, names
-from store.audit import Actor
+from store.audit import Actor, Head
 from store.deliveries import NewDelivery
 from store.devices import device_with_external_id, update_device
 from store.groups import GroupRecord
@@ -98,11 +98,12 @@ def admit(
     generation = (advanced_to or db.next_generation(tx, at=now)) if any(must_learn) else 0
     # Before the audit head, as whoever removes a profile does: else the two could wait for each other.
     profile_ids = _held_profiles(tx, actor.tenant_id, [admission.request for admission in admissions])
-    with_external_id = any(admission.request is not None and admission.request.external_id for admission in admissions)
-    if with_external_id or any(admission.credentials.is_for_csr for admission in admissions):
+    requests = [admission.request for admission in admissions if admission.request is not None]
+    head: Head | None = None
+    if any(one.external_id for one in requests) or any(one.credentials.is_for_csr for one in admissions):
         # Else two transactions with the same external ids or keys could wait for each other: for a row, and for the
         # audit head.
-        audit.lock_audit_head(tx, actor.tenant_id)
+        head = count_clients(tx, actor.tenant_id, len(requests), most=most)
     new: list[db.NewDevice] = []
     for admission, is_new_there in zip(admissions, must_learn, strict=True):
         device_id, since = admission.credentials.device_id, generation if is_new_there else 0
@@ -116,7 +117,7 @@ def admit(
             new.append({**row, "status": DeviceStatus.ACTIVE, "generation": since, "topics_group_id": of_group})
     db.add_devices(tx, new)
     memberships.put_into_groups(tx, actor.tenant_id, members, now=now)
-    ids = record_issuances(tx, actor, admissions, new_clients=len(new), most=most, now=now)
+    ids = record_issuances(tx, actor, admissions, new_clients=len(new), most=most, now=now, head=head)
     memberships.record_put(tx, actor, members, now=now)
     return Admitted(generation, ids)
 
@@ -172,14 +173,16 @@ def record_issuances(
     now: datetime,
     new_clients: int = 0,
     most: int | None = None,
+    head: Head | None = None,
 ) -> Sequence[int]:
     """Write certificate, bundle, event and audit entry of each; returns the row ids of the certificates.
 
-    Call it late in a transaction: from here on others wait for the audit record. Raises ``KeyCompromised``,
-    ``KeyInUse``, ``NameInUse``, ``QuotaReached``.
+    Call it late in a transaction: from here on others wait for the audit record. ``head`` is that of the record, if
+    the transaction has counted the new clients, which locks it. Raises ``KeyCompromised``, ``KeyInUse``, ``NameInUse``,
+    ``QuotaReached``.
     """
     of_devices = [issuance.credentials for issuance in issuances]
-    keys.claim_keys(tx, actor.tenant_id, [key_claim(credentials) for credentials in of_devices])
+    keys.claim_keys(tx, actor.tenant_id, [key_claim(one) for one in of_devices], locked=head is not None)
     certificates = [_new_certificate(actor.tenant_id, credentials) for credentials in of_devices]
     ids = db.add_certificates(tx, certificates)
     claims = [(name_claim(one), row_id) for one, row_id in zip(of_devices, ids, strict=True) if one.names]
@@ -193,15 +196,13 @@ def record_issuances(
             for delivery in _new_deliveries(actor.tenant_id, issuance.credentials, certificate_id, now)
         ],
     )
-    if events.has_subscribers(tx):
-        for issuance in issuances:
-            _record_event(tx, actor.tenant_id, issuance, now)
+    _record_events(tx, actor.tenant_id, issuances, now)
     for issuance in issuances:
         record_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.name, issuance.attestation, now=now)
         if not isinstance(issuance, Admission):
             outdate_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.credentials.key_fingerprint)
-    count_clients(tx, actor.tenant_id, new_clients, most=most)
-    audit.record_all(tx, actor, [_act(issuance) for issuance in issuances], at=now)
+    head = head or count_clients(tx, actor.tenant_id, new_clients, most=most)
+    audit.record_all(tx, actor, [_act(issuance) for issuance in issuances], at=now, head=head)
     return ids
 
 
@@ -335,17 +336,20 @@ def _new_deliveries(
     return (delivery,)
 
 
-def _record_event(tx: Connection, tenant_id: str, issuance: Issuance, now: datetime) -> None:
-    credentials = issuance.credentials
-    events.record(
-        tx,
-        tenant_id,
-        issuance.event,
-        credentials.device_id,
-        kind=issuance.kind,
-        at=now,
-        name=issuance.name,
-        serial_number=credentials.serial_number,
-        fingerprint=credentials.fingerprint,
-        expires_at=credentials.not_after,
-    )
+def _record_events(tx: Connection, tenant_id: str, issuances: Sequence[Issuance], now: datetime) -> None:
+    if not events.has_subscribers(tx):
+        return
+    for issuance in issuances:
+        credentials = issuance.credentials
+        events.record(
+            tx,
+            tenant_id,
+            issuance.event,
+            credentials.device_id,
+            kind=issuance.kind,
+            at=now,
+            name=issuance.name,
+            serial_number=credentials.serial_number,
+            fingerprint=credentials.fingerprint,
+            expires_at=credentials.not_after,
+        )

@@ -136,9 +136,12 @@ class Inventory:
     def _waits_for_restart(self, device: DeviceRecord) -> bool:
         return device.generation > 0 and self._broker.lacks_change_of(device.updated_at)
 
-    def waits_for_broker(self, tenant_id: str, device_id: str) -> bool:
-        """Return whether a device that was registered now has to wait for a restart of the broker."""
-        if self._broker.control.narrows_at_once:  # within milliseconds, and its link waits for that
+    def waits_for_broker(self, tenant_id: str, device_id: str, generation: int) -> bool:
+        """Return whether a device that was registered now, at ``generation``, has to wait for a restart of the broker.
+
+        With the generation 0 the broker need not learn of it.
+        """
+        if not generation or self._broker.control.narrows_at_once:  # within milliseconds; its link waits for that
             return False
         with self._database.snapshot() as tx:
             device = db.get_device(tx, tenant_id, device_id)

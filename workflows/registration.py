@@ -45,11 +45,12 @@ log = logging.getLogger("portal.registrations")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registered(CredentialAnswer):
-    """The answer to a registration."""
+    """The answer to a registration; ``generation`` is the one that the broker must reach, 0 if it need not learn."""
 
     issued_at: datetime
     name: str
     status: str
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Registrations:
         elif generation:
             self._reconciler.wake()
         failpoint("register.before_answer")
-        return answer
+        return dataclasses.replace(answer, generation=generation) if generation else answer
 
     def _register(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()

@@ -382,7 +382,7 @@ def register(call: Call, body: RegistrationRequest) -> Reply:
     """Register a device: create its key and certificate, or sign its CSR."""
     registered = call.portal.registrations.register(call.actor, registration_of(body), call.idempotency_key)
     location = {"Location": f"/devices/{registered.device_id}"}
-    waits = call.portal.inventory.waits_for_broker(call.actor.tenant_id, registered.device_id)
+    waits = call.portal.inventory.waits_for_broker(call.actor.tenant_id, registered.device_id, registered.generation)
     return Reply(RegisterAnswer.of(registered, broker="pending" if waits else None), headers=location)
 
 
