@@ -38,6 +38,7 @@ PING_SECONDS = 2.0  # how long a test write waits for other writers
 SECONDS_BETWEEN_TEST_WRITES = 10.0  # by those who only ask whether the database is well, which anybody may
 # Connections of a process beside those of its request threads: for reconciliation, jobs and probes.
 SPARE_CONNECTIONS = 8
+_SYNCHRONOUS = "portal_synchronous"  # in the info of a connection to SQLite: what the PRAGMA was set to last
 _REWRITE = sa.text("UPDATE broker_state SET generation = generation")  # changes nothing, and is written to disk
 
 
@@ -465,7 +466,10 @@ def _on_sqlite_begin(connection: Connection) -> None:
         return
     # NORMAL writes the WAL without a sync. It cannot be set within a transaction.
     synchronous = "FULL" if options.get("portal_durable", True) else "NORMAL"
-    connection.exec_driver_sql(f"PRAGMA synchronous = {synchronous}")
+    if connection.info.get(_SYNCHRONOUS, "FULL") != synchronous:  # it is FULL at first: see _on_sqlite_connect
+        connection.info[_SYNCHRONOUS] = ""  # not known, if this fails
+        connection.exec_driver_sql(f"PRAGMA synchronous = {synchronous}")
+        connection.info[_SYNCHRONOUS] = synchronous
     if seconds > BUSY_TIMEOUT_SECONDS - 0.5:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:

@@ -35,6 +35,7 @@ def sent(app: Flask) -> Iterator[list[str]]:
     yield seen
     sa.event.remove(engine, "before_cursor_execute", note)
     assert seen.count("SELECT tokens") == 1
+    assert "PRAGMA synchronous" not in seen  # it is set already
     del seen[: seen.index(BEGUN)]  # tenants are read again each second, before
 
 
