@@ -14,7 +14,6 @@ from core.states import IssuerKind
 from operations.doctor.base import Finding, Findings, Installation, combine
 from pki.keys.contract import KeyDescription, Origin
 from pki.keys.stores import KeyStores
-from pki.keys.token_process import pin_file_problem
 from store.issuers import IssuerRecord
 from workflows.authority.keys import open_keys
 
@@ -83,6 +82,8 @@ def _check_pin_files(installation: Installation, found: Findings) -> None:
 
 def _wrong_with(path: Path, *, may_be_missing: bool) -> str | None:
     """Return what is wrong and, after a colon, what to do."""
+    from pki.keys.token_process import pin_file_problem  # here, since with it comes the library of PKCS#11 modules
+
     try:
         return pin_file_problem(path, os.stat(path))
     except FileNotFoundError:

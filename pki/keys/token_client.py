@@ -19,9 +19,10 @@ from typing import Any
 
 from core.errors import TokenUnavailable
 from core.pkcs11_uri import TOKEN_ATTRIBUTES, TokenUri
-from pki.keys import token_process
 
 log = logging.getLogger("portal.token")
+
+PROGRAM = Path(__file__).with_name("token_process.py")  # not imported here: it would import the module's library
 
 Facts = dict[str, Any]
 # Between attempts to reach a token that failed, the last one again and again.
@@ -180,7 +181,7 @@ class TokenClient:
             environment = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
             try:
                 popen = subprocess.Popen(  # noqa: S603 - the interpreter, and a program of the portal
-                    [sys.executable, "-I", token_process.__file__, str(theirs.fileno())],
+                    [sys.executable, "-I", str(PROGRAM), str(theirs.fileno())],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import segno
 from markupsafe import Markup
 
 MAX_TEXT = 1200  # characters; what a phone still reads from a screen
@@ -15,6 +14,8 @@ def qr_code(text: str) -> Markup:
 
     Raise ``ValueError`` if the text is longer than ``MAX_TEXT``.
     """
+    import segno
+
     if len(text) > MAX_TEXT:
         raise ValueError("the text is too long for a QR code that can be read")
     written = io.BytesIO()

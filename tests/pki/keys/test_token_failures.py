@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from core.errors import CaKeyUnavailable, TokenUnavailable
 from core.pkcs11_uri import TokenUri
 from pki.algorithms import KeyType, PrivateKey
-from pki.keys import token_client, token_process
+from pki.keys import token_client
 from pki.keys.contract import check_that_it_signs
 from pki.keys.stores import KeyStores
 from pki.keys.tokens import read_record, record_path
@@ -184,7 +184,7 @@ def test_a_token_that_takes_long_to_be_opened_is_waited_for_now_and_then(
 ) -> None:
     script = tmp_path / "slow.py"
     script.write_text(SLOW_PROCESS)
-    monkeypatch.setattr(token_process, "__file__", str(script))
+    monkeypatch.setattr(token_client, "PROGRAM", script)
     monkeypatch.setattr(token_client, "ATTEMPT_SECONDS", (0.05, PATIENT))
     uri = TokenUri(MODULE, tmp_path / "pin", token="slow")
     client = token_client.TokenClient(uri, tmp_path, timeout=IMPATIENT, is_watched=True, known=list)
@@ -214,7 +214,7 @@ def test_a_pin_whose_try_was_not_answered_is_tried_once_more_with_time(
 ) -> None:
     script = tmp_path / "patient.py"
     script.write_text(PROCESS_FOR_THE_PATIENT)
-    monkeypatch.setattr(token_process, "__file__", str(script))
+    monkeypatch.setattr(token_client, "PROGRAM", script)
     uri = TokenUri(MODULE, tmp_path / "pin", token="slow")
     client = token_client.TokenClient(uri, tmp_path, timeout=PATIENT, is_watched=True, known=list)
     try:
