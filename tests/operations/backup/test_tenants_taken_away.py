@@ -9,6 +9,7 @@ import pytest
 
 import db
 from config import Settings
+from core.broker_control import JOURNAL_FILE
 from core.roles import Role
 from core.states import DeviceStatus
 from core.tenants import TenantStatus
@@ -17,6 +18,7 @@ from store import audit, keys, tenants
 from store.audit import Actor
 from store.enrolment import add_factory_key
 from tests.support.backups import copied, lose_the_database, opened, put_back
+from tests.support.guard_stub import GuardStub
 from tests.support.harness import ON_SQLITE, Clock
 from tests.support.tenants import add_tenant
 from tests.workflows.test_registration import PUMP
@@ -42,9 +44,13 @@ def add_acme(portal: Portal, clock: Clock) -> tuple[str, str]:
 
 
 def delete(portal: Portal, clock: Clock, settings: Settings) -> None:
-    portal.tenant_removals.remove(SYSTEM, "acme", "acme")
-    clock.advance(days=settings.tenant_grace_days + 1)
-    portal.tenant_removals.run()
+    """Remove it and let its time of grace go by, with a broker, which must have been told before it goes."""
+    guard = GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE))
+    with guard, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portal.broker, "probe", lambda *_arguments, **_options: None)
+        portal.tenant_removals.remove(SYSTEM, "acme", "acme")
+        clock.advance(days=settings.tenant_grace_days + 1)
+        portal.tenant_removals.run()
 
 
 def status_of(portal: Portal) -> TenantStatus:
