@@ -40,6 +40,9 @@ class Tab:
 TABS = (
     Tab("Operator tokens", TOKENS, Permission.TOKENS),
     Tab("Enrolment tokens", f"{ACCESS}/enrolment", Permission.READ),
+    Tab("Manufacturers", f"{ACCESS}/manufacturers", Permission.READ),
+    Tab("Applications", f"{ACCESS}/applications", Permission.READ),
+    Tab("Tenants", f"{ACCESS}/tenants", Permission.TENANTS),
 )
 
 

@@ -1,0 +1,94 @@
+"""Tenants in the console, for the role system: added, suspended, resumed, and removed for good."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from core.errors import Conflict, InputInvalid, Unavailable
+from core.roles import Permission
+from core.tenants import Quotas
+from web.api.fields import IntegerText, TenantName, TopicPrefix
+from web.api.routing import RequestModel
+from web.console.access import ACCESS, access_values, form_again, secret_shown
+from web.console.pages import Moved, Pages, Shown, Visit
+from web.console.registration import Once, new_once
+from workflows.tenant_life import NewTenant
+
+PAGES = Pages()
+TENANTS = f"{ACCESS}/tenants"
+PATH = f"{TENANTS}/{{tenant}}"
+
+
+class TenantForm(RequestModel):
+    """A tenant to add; a form that is sent twice adds one, by ``once``."""
+
+    once: Once
+    name: TenantName
+    topic_prefix: TopicPrefix | None = None
+    devices: Annotated[int, Field(ge=1, le=1_000_000_000), IntegerText] | None = None
+    own_root: Literal["yes"] | None = None
+
+
+class RemoveForm(RequestModel):
+    """The name of the tenant again."""
+
+    confirm: Annotated[str, Field(max_length=64)] = ""
+
+
+@PAGES.add("GET", TENANTS, Permission.TENANTS)
+def tenants(visit: Visit) -> Shown:
+    """List the tenants, those that were removed and are still kept, too."""
+    return Shown(
+        "all_tenants.html",
+        access_values({"tenants": visit.portal.tenants.list(), "first": visit.portal.first_tenant}),
+    )
+
+
+@PAGES.add("GET", f"{TENANTS}/new", Permission.TENANTS)
+def new_tenant(_visit: Visit) -> Shown:
+    """Show the form for a tenant."""
+    return Shown("tenant_new.html", {"once": new_once(), "given": {}, "problems": {}})
+
+
+@PAGES.add("POST", f"{TENANTS}/new", Permission.TENANTS)
+def add_tenant(visit: Visit) -> Shown:
+    """Add a tenant, and show its first admin's token this once."""
+    try:
+        form = visit.form(TenantForm)
+        quotas, own_root = Quotas(devices=form.devices), form.own_root is not None
+        wanted = NewTenant(form.name, form.topic_prefix, quotas=quotas, own_root=own_root)
+        added = visit.portal.tenants.add(visit.actor, wanted, form.once)
+    except (InputInvalid, Conflict, Unavailable) as error:
+        return form_again(visit, "tenant_new.html", TenantForm, error)
+    return secret_shown(
+        added.token,
+        title="Tenant",
+        name=f"first admin of {form.name}",
+        back=TENANTS,
+        ends=added.token_expires_at,
+        problem=added.ca_problem or added.state.problem,
+        use="Its first admin logs in with it, and makes tokens for the others.",
+    )
+
+
+@PAGES.add("POST", f"{PATH}/suspend", Permission.TENANTS)
+def suspend_tenant(visit: Visit, tenant: str) -> Moved:
+    """Serve nobody of a tenant until it is resumed."""
+    visit.portal.tenants.suspend(visit.actor, tenant)
+    return Moved(TENANTS)
+
+
+@PAGES.add("POST", f"{PATH}/resume", Permission.TENANTS)
+def resume_tenant(visit: Visit, tenant: str) -> Moved:
+    """Resume a suspended tenant, with all that it had."""
+    visit.portal.tenants.resume(visit.actor, tenant)
+    return Moved(TENANTS)
+
+
+@PAGES.add("POST", f"{PATH}/remove", Permission.TENANTS)
+def remove_tenant(visit: Visit, tenant: str) -> Moved:
+    """Remove a tenant for good, if its name was entered again."""
+    visit.portal.tenant_removals.remove(visit.actor, tenant, visit.form(RemoveForm).confirm)
+    return Moved(TENANTS)
