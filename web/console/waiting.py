@@ -32,7 +32,7 @@ class WaitingQuery(RequestModel):
 class DecisionForm(RequestModel):
     """What becomes of the requests that are ticked; ``why`` they are rejected is for the audit record."""
 
-    decision: Literal["approve", "reject"]
+    decision: Literal["approve", "reject", "none"]  # none: by the key Enter, which decides nothing
     ids: Annotated[list[Annotated[str, Field(pattern=_TICKED)]], Field(max_length=PER_PAGE)] = Field(
         default_factory=list
     )
@@ -115,6 +115,8 @@ def request(visit: Visit, device_id: str) -> Shown | Moved:
 def decide(visit: Visit) -> Moved | Shown:
     """Approve or reject the requests that are ticked; each that cannot be is told with the reason."""
     form = visit.form(DecisionForm, many=("ids",))
+    if form.decision == "none":
+        return _list(visit, 1, problems=["Press Approve or Reject; nothing was changed."], status=422)
     if not form.ids:
         return _list(visit, 1, problems=["Tick the requests that you mean first; nothing was changed."], status=422)
     done, problems = 0, []

@@ -186,3 +186,12 @@ def test_a_long_list_leads_on_and_back(asking: Device, browser: Browser, monkeyp
     assert f'href="{PATH}"' in last
     assert "First page" in browser.get(f"{PATH}?page=9").text
     assert browser.get(f"{PATH}?page=0").status_code == 422
+
+
+def test_the_key_enter_decides_nothing_by_itself(asking: Device, browser: Browser) -> None:
+    asking.enrol(csr_der())
+    form = browser.get(PATH).text.partition(f'action="{DECIDE}"')[2]
+    assert form[form.index("<button") :].startswith('<button name="decision" value="none" hidden>')
+    [tick] = ticked(browser)
+    assert decide(browser, "none", tick) == 422
+    assert ticked(browser) == [tick]
