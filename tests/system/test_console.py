@@ -36,6 +36,7 @@ class Screen:
 
 
 SCREENS = (
+    Screen("overview", "/ui", "Overview"),
     Screen("fleet", "/ui/devices", "Fleet", opens="Register"),
     Screen("search", "/ui/devices?q=pump&sort=name", "Fleet"),
     Screen("device", "/ui/devices/{device}", WIDE, ("filled",), opens="Revoke"),

@@ -163,6 +163,7 @@ def _seen(details: DeviceDetails) -> Iterator[Moment]:
     if seen is None:
         return
     if seen.connected and seen.since is not None:
-        yield Moment(seen.since, "Connected", "good")
+        # The broker reports whole seconds: no device is connected before it is known.
+        yield Moment(max(seen.since, details.device.created_at), "Connected", "good")
     elif seen.last_seen is not None:
         yield Moment(seen.last_seen, "Last seen")
