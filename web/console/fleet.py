@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from store.groups import GroupRecord
 from web.api.fields import Cursor, Description, GroupName, Place, ProfileName, ShortText, StatusName
 from web.api.groups import SavedFilter
 from web.api.routing import RequestModel, read_fields
+from web.console.formats import csv_line
 from web.console.pages import Moved, Pages, Sent, Shown, Visit
 from web.console.registration import new_once
 from workflows.devices import Page
@@ -231,17 +230,5 @@ def _csv(rows: Iterator[Row]) -> Iterator[bytes]:
         device, seen = row.device, None if row.connection is None else row.connection.last_seen
         times = (device.created_at, row.not_after, seen)
         cells = [device.id, device.name, device.external_id or "", device.type, device.location, device.firmware]
-        line = io.StringIO()
-        csv.writer(line).writerow(
-            [
-                *map(_cell, cells),
-                device.status.value,
-                *("" if at is None else at.strftime("%Y-%m-%dT%H:%M:%SZ") for at in times),
-            ]
-        )
-        yield line.getvalue().encode()
-
-
-def _cell(text: str) -> str:
-    """Return a text so that a spreadsheet does not take it for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+        written = ("" if at is None else at.strftime("%Y-%m-%dT%H:%M:%SZ") for at in times)
+        yield csv_line([*cells, device.status.value, *written])
