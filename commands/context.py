@@ -19,7 +19,7 @@ from commands.completing import Listed, saved_names, saved_tenants
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
 from commands.errors import CheckFailed, CliError, Unreachable
 from commands.files import ReservedFile
-from commands.names import DeviceName, GroupName
+from commands.names import DeviceName, GroupName, ProfileName
 from commands.output import Cell, Output
 from onboarding_portal import VERSION
 
@@ -345,23 +345,6 @@ def create_with_secret(
     portal.out.result(answer, fields(answer) | shown, done=done)
     portal.out.note(f"The {shown_once} is in {save_in}." if reserved else f"The {shown_once} is shown only once.")
     return answer
-
-
-class ProfileName(click.ParamType[str]):
-    """The name of a certificate profile."""
-
-    name = "name"
-    listed = Listed("/profiles", "profiles", "name", "name")
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the name; others cannot be in a path."""
-        if not re.fullmatch("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
-            self.fail("use 1 to 63 lower-case letters, digits and inner hyphens.", param, ctx)
-        return value
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the profiles that begin so."""
-        return self.listed.starting_with(ctx, incomplete)
 
 
 PROFILE = click.option(

@@ -9,14 +9,13 @@ from typing import Any
 import click
 
 from commands.context import (
-    ProfileName,
     Remote,
     command,
     option_group,
     paging_options,
 )
 from commands.listing import COLUMNS, column, connection_in_words, lines_of, output_options
-from commands.names import GroupName, device_argument
+from commands.names import GroupName, ProfileName, device_argument
 from commands.output import Cell, Column, ago, date_of, moment, state, status_of, text
 from commands.snippets import SNIPPETS, snippet_for
 from commands.times import Time

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from commands.context import YES, ProfileName, Remote, command, confirm, option_group, topics_from
+from commands.context import YES, Remote, command, confirm, option_group, topics_from
 from commands.context import group as command_group
 from commands.devices import STATUSES, VERDICTS, topics_in_words
 from commands.enrolment import ATTESTATION_HELP, policy_from
 from commands.many import AT_ONCE, named_devices
-from commands.names import DEVICE, GroupName
+from commands.names import DEVICE, GroupName, ProfileName
 from commands.output import Cell, text
 from commands.times import VALIDITY
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -71,11 +71,11 @@ class ApplicationName(DeviceName):
         return found
 
 
-class GroupName(click.ParamType[str]):
-    """The name of a group of devices."""
+class Label(click.ParamType[str]):
+    """A name that stands in a path of the portal."""
 
     name = "name"
-    listed = Listed("/groups", "groups", "name", "description")
+    listed: ClassVar[Listed]
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name; others cannot be in a path."""
@@ -84,8 +84,20 @@ class GroupName(click.ParamType[str]):
         return value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the groups that begin so."""
+        """Return those that begin so."""
         return self.listed.starting_with(ctx, incomplete)
+
+
+class GroupName(Label):
+    """The name of a group of devices."""
+
+    listed = Listed("/groups", "groups", "name", "description")
+
+
+class ProfileName(Label):
+    """The name of a certificate profile."""
+
+    listed = Listed("/profiles", "profiles", "name", "name")
 
 
 def device_argument(

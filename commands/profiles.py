@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from commands.context import YES, ProfileName, Remote, command, confirm, group, option_group
+from commands.context import YES, Remote, command, confirm, group, option_group
+from commands.names import ProfileName
 from commands.output import Cell, moment, text
 from commands.times import Span
 from commands.vocabulary import KEY_TYPES

@@ -14,7 +14,6 @@ from commands.completing import Listed
 from commands.context import (
     FORCE_HELP,
     YES,
-    ProfileName,
     Remote,
     command,
     confirm,
@@ -28,6 +27,7 @@ from commands.context import (
 from commands.errors import CheckFailed, CliError
 from commands.files import whole_file
 from commands.lifecycle import show_outcome
+from commands.names import Label
 from commands.output import Cell, date_of, moment, state, text
 from commands.times import Span
 from commands.vocabulary import FORMATS, KEY_TYPES
@@ -37,7 +37,7 @@ QUOTAS = ("devices", "registrations_per_minute", "bulk_uploads", "webhook_delive
 _NUMBER = click.IntRange(1, 1_000_000_000)
 
 
-class TenantName(ProfileName):
+class TenantName(Label):
     """The name of a tenant, which is a DNS label."""
 
     listed = Listed("/tenants", "tenants", "name", "status")

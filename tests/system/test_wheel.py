@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,19 +105,38 @@ def served(server: Path) -> Iterator[Path]:
             process.wait(SECONDS)
 
 
-def test_login_register_and_list_by_name_from_nothing_but_the_wheel(served: Path, client: Path, tmp_path: Path) -> None:
+def log_in_register_and_list_by_name(program: Path, served: Path, home: Path) -> None:
     given = dict(re.findall(r"^export (\w+)=(.*)$", (served / "data" / "operator.env").read_text(), re.MULTILINE))
-    (tmp_path / "token").write_text(given["PORTAL_TOKEN"])
-    (tmp_path / "token").chmod(0o600)
+    (home / "token").write_text(given["PORTAL_TOKEN"])
+    (home / "token").chmod(0o600)
 
     def portal(*arguments: str) -> str:
-        return run(client / "portal", *arguments, cwd=tmp_path, HOME=str(tmp_path))
+        return run(program, *arguments, cwd=home, HOME=str(home))
 
     portal("login", "--url", given["PORTAL_URL"], "--ca-file", given["PORTAL_CA"], "--token-file", "token")
     portal("register", "pump-1", "--type", "pump", "--location", "hall 2", "--firmware", "1.0", "--out", "pump-1")
-    assert (tmp_path / "pump-1" / "device.key").is_file()
-    [device] = json.loads(portal("list", "--q", "pump-1", "--json"))["devices"]
-    assert (device["name"], device["status"]) == ("pump-1", "active")
+    assert (home / "pump-1" / "device.key").is_file()
+    devices = json.loads(portal("list", "--q", "pump-1", "--json"))["devices"]
+    assert {(device["name"], device["status"]) for device in devices} == {("pump-1", "active")}
+
+
+def test_login_register_and_list_by_name_from_nothing_but_the_wheel(served: Path, client: Path, tmp_path: Path) -> None:
+    log_in_register_and_list_by_name(client / "portal", served, tmp_path)
+
+
+@pytest.mark.long
+def test_pipx_installs_it_for_somebody_who_has_python_alone(served: Path, tmp_path: Path) -> None:
+    """As README says, from a clone, with an empty home; what it needs comes from the package index."""
+    sources, home, programs = tmp_path / "clone", tmp_path / "home", tmp_path / "pipx" / "bin"
+    home.mkdir()
+    subprocess.run(["git", "clone", "-q", ROOT, sources], check=True, timeout=SECONDS)
+    venv.create(tmp_path / "pipx", with_pip=True)
+    subprocess.run([programs / "pip", "install", "-q", "pipx"], check=True, timeout=5 * SECONDS)
+    places = {"HOME": str(home), "PIPX_HOME": str(home / "pipx"), "PIPX_BIN_DIR": str(home / "bin")}
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "PATH"}
+    subprocess.run([programs / "pipx", "install", "-q", "."], cwd=sources, env=kept | places, check=True, timeout=300)
+    assert {path.name for path in (home / "bin").iterdir()} == {"portal", "portal-server"}
+    log_in_register_and_list_by_name(home / "bin" / "portal", served, home)
 
 
 def test_the_server_is_looked_after_without_a_token(served: Path, server: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_profile_that_is_removed_during_an_upload_costs_its_rows_only(
         assert api.delete("/profiles/named").status_code == 200
         return found
 
-    monkeypatch.setattr("workflows.bulk.batch.find_profiles", remove_after)
+    monkeypatch.setattr("workflows.bulk.known.find_profiles", remove_after)
     answers = upload(api, [{"name": "pump-1", "profile": "named"}, {"name": "pump-2"}])
     assert [answer.get("code") for answer in answers] == ["profile_refused", None]
 

@@ -130,7 +130,8 @@ def test_the_interface_says_where_429_may_come(app: Flask) -> None:
     for path, methods in paths.items():
         for operation in methods.values():
             shows_secret = path == "/download/{token}" or path.endswith(("/csrattrs", "enroll", "/serverkeygen"))
-            may = bool(operation["security"]) or shows_secret
+            takes_share = path == "/.well-known/onboarding/config"
+            may = bool(operation["security"]) or shows_secret or takes_share
             assert ("429" in operation["responses"]) == may
             if may:
                 assert "Retry-After" in operation["responses"]["429"]["headers"]
