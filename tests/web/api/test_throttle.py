@@ -129,7 +129,7 @@ def test_the_interface_says_where_429_may_come(app: Flask) -> None:
     paths = get(app, "/openapi.json", token=None).json["paths"]
     for path, methods in paths.items():
         for operation in methods.values():
-            shows_secret = path == "/download/{token}" or path.endswith(("/csrattrs", "enroll", "/serverkeygen"))
+            shows_secret = path.endswith(("/csrattrs", "enroll", "/serverkeygen", "/download/{token}", "/oidc/tokens"))
             takes_share = path == "/.well-known/onboarding/config"
             may = bool(operation["security"]) or shows_secret or takes_share
             assert ("429" in operation["responses"]) == may
