@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,10 +45,15 @@ def idp(_serving: IdentityProvider, stub: PortalStub) -> IdentityProvider:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the command has waited before each poll; no time passes but by that."""
+    """How long the command has waited before each poll; no time passes but by that, in this thread alone."""
     waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setattr(time, "monotonic", lambda: sum(waited))
+    own, sleep, monotonic = threading.get_ident(), time.sleep, time.monotonic
+
+    def is_own() -> bool:
+        return threading.get_ident() == own
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: waited.append(seconds) if is_own() else sleep(seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: sum(waited) if is_own() else monotonic())
     return waited
 
 

@@ -62,9 +62,9 @@ def ask(connection: http.client.HTTPSConnection, deployment: Deployment, path: s
 
 
 def test_every_worker_reports_the_same_and_all_of_it(deployment: Deployment) -> None:
+    wait_until(lambda: len(deployment.workers()) == 3)  # the first of them has been ready
     before = counted(deployment)
     workers = deployment.workers()
-    assert len(workers) == 3
     for worker in workers:
         with connection_to(deployment, worker) as connection:
             for _ in range(4):
