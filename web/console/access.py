@@ -73,6 +73,18 @@ def access_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"tabs": TABS, **values}
 
 
+def tokens_shown(template: str, query: AllQuery, records: Sequence[Any], usable: Sequence[Any]) -> Shown:
+    """Return a list of tokens: those that are usable, or all ``records`` if the query asks for them."""
+    found = records if query.all else usable
+    values = {
+        "tokens": found[:SHOWN],
+        "left": max(0, len(found) - SHOWN),
+        "all": query.all,
+        "ended": len(records) - len(found),
+    }
+    return Shown(template, access_values(values))
+
+
 def secret_shown(secret: str, **values: Any) -> Shown:
     """Return the page that shows a new secret, which no browser keeps and no other page shows."""
     return Shown("secret.html", {"secret": secret, **values}, status=201)
@@ -103,14 +115,7 @@ def tokens(visit: Visit) -> Shown:
     """List the valid operator tokens, newest first, and with ``all`` those that have ended."""
     query = visit.query(AllQuery)
     records = visit.portal.operators.tokens(visit.actor.tenant_id)
-    found = [one for one in records if query.all or one.is_valid(visit.now)]
-    values = {
-        "tokens": found[:SHOWN],
-        "left": max(0, len(found) - SHOWN),
-        "all": query.all,
-        "ended": len(records) - len(found),
-    }
-    return Shown("tokens.html", access_values(values))
+    return tokens_shown("tokens.html", query, records, [one for one in records if one.is_valid(visit.now)])
 
 
 @PAGES.add("GET", f"{TOKENS}/new", Permission.TOKENS)

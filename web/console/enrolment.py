@@ -14,7 +14,7 @@ from store.enrolment import EnrolmentProfile
 from web.api.enrolment import ApprovalName, RepeatedSerialName
 from web.api.fields import DeviceId, IntegerText, KeyTypeName, Name, Place, ProfileName, ShortText
 from web.api.routing import RequestModel
-from web.console.access import ACCESS, SHOWN, AllQuery, access_values, form_again, secret_shown
+from web.console.access import ACCESS, AllQuery, form_again, secret_shown, tokens_shown
 from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.registration import Once, new_once
 
@@ -64,17 +64,9 @@ def enrolment_tokens(visit: Visit) -> Shown:
     query = visit.query(AllQuery)
     records = visit.portal.enrolment_tokens.tokens(visit.actor.tenant_id)
     usable = [
-        one
-        for one in records
-        if query.all or (one.revoked_at is None and visit.now < one.expires_at and one.uses < one.uses_allowed)
+        one for one in records if one.revoked_at is None and visit.now < one.expires_at and one.uses < one.uses_allowed
     ]
-    values = {
-        "tokens": usable[:SHOWN],
-        "left": max(0, len(usable) - SHOWN),
-        "all": query.all,
-        "ended": len(records) - len(usable),
-    }
-    return Shown("enrolment_tokens.html", access_values(values))
+    return tokens_shown("enrolment_tokens.html", query, records, usable)
 
 
 @PAGES.add("GET", f"{ENROLMENT}/new", Permission.CHANGE)

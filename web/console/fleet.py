@@ -21,7 +21,7 @@ from store.groups import GroupRecord
 from web.api.fields import Cursor, Description, GroupName, Place, ProfileName, ShortText, StatusName
 from web.api.groups import SavedFilter
 from web.api.routing import RequestModel, read_fields
-from web.console.formats import csv_line
+from web.console.formats import csv_line, rfc_3339
 from web.console.pages import Moved, Pages, Sent, Shown, Visit
 from web.console.registration import new_once
 from workflows.devices import Page
@@ -230,5 +230,5 @@ def _csv(rows: Iterator[Row]) -> Iterator[bytes]:
         device, seen = row.device, None if row.connection is None else row.connection.last_seen
         times = (device.created_at, row.not_after, seen)
         cells = [device.id, device.name, device.external_id or "", device.type, device.location, device.firmware]
-        written = ("" if at is None else at.strftime("%Y-%m-%dT%H:%M:%SZ") for at in times)
+        written = ("" if at is None else rfc_3339(at) for at in times)
         yield csv_line([*cells, device.status.value, *written])
