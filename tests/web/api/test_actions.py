@@ -6,13 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from flask import Flask
 
-from app import portal_of
 from core import failpoints
 from tests.support.harness import Api, csr_pem, problem_of
 from workflows import changes
-from workflows.reconciliation import Outcome
 
 NOBODY = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 
@@ -21,19 +18,6 @@ def act(api: Api, **body: Any) -> list[dict[str, Any]]:
     answer = api.post("/devices/actions", body)
     assert (answer.status_code, answer.content_type) == (200, "application/x-ndjson"), answer.text
     return [json.loads(line) for line in answer.text.splitlines()]
-
-
-@pytest.fixture
-def generations(app: Flask, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The generations that the broker was asked to reach; it obeys at once."""
-    asked: list[int] = []
-
-    def apply(generation: int) -> Outcome:
-        asked.append(generation)
-        return Outcome(generation, generation)
-
-    monkeypatch.setattr(portal_of(app).reconciler, "apply", apply)
-    return asked
 
 
 def test_devices_are_revoked_together_and_the_broker_learns_it_once(api: Api, generations: list[int]) -> None:

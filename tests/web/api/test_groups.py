@@ -13,25 +13,11 @@ from app import portal_of
 from store.generations import narrowed_since
 from tests.support.harness import Api, csr_pem, problem_of
 from workflows import groups, memberships
-from workflows.reconciliation import Outcome
 
 NOBODY = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 OTHER = [{"filter": "devices/{id}/#", "access": "readwrite"}, {"filter": "devices/other", "access": "write"}]
 NEWS = [{"filter": "devices/{id}/#", "access": "readwrite"}, {"filter": "devices/news", "access": "read"}]
 DEFAULT = [{"filter": "devices/{id}/#", "access": "readwrite"}]
-
-
-@pytest.fixture
-def generations(app: Flask, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The generations that the broker was asked to reach; it obeys at once."""
-    asked: list[int] = []
-
-    def apply(generation: int) -> Outcome:
-        asked.append(generation)
-        return Outcome(generation, generation)
-
-    monkeypatch.setattr(portal_of(app).reconciler, "apply", apply)
-    return asked
 
 
 def added(api: Api, name: str, *members: str, **fields: Any) -> dict[str, Any]:
