@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from cryptography import x509
 
-from broker.control import BrokerControl, DeviceAccess, Draft, PresenceReports, RestartReason
+from broker.control import BrokerControl, Changes, DeviceAccess, Draft, PresenceReports, RestartReason, Step
 from broker.files.control import FilesControl
 from broker.folder import CA_FILE, BrokerFolder
 from broker.guard.control import GuardControl
@@ -31,6 +31,7 @@ from broker.session import (
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
+from core.failpoints import failpoint
 from core.files import replace_file
 from core.states import ClientKind
 from core.tenants import TenantOnBroker
@@ -99,6 +100,36 @@ class BrokerProvisioning:
         """
         refused = None if certificates is None else _identity_of(certificates.revoked)
         return self.control.enforce(generation, deadline, refused=refused)
+
+    def bring_into_force(
+        self,
+        changes: Changes,
+        certificates: ProbeCertificates,
+        deadline: float,
+        proven: Callable[..., None],
+        *,
+        has_crls: bool,
+    ) -> None:
+        """Make what was installed effective, step by step, each of which ``proven`` is given once it was seen.
+
+        The broker must prove the generation, and with ``has_crls``, if it was given CRLs, refuse the revoked one of
+        ``certificates``; sessions are ended in between. Raise as ``enforce``, ``disconnect`` and ``probe`` do.
+        """
+        shown = certificates if changes.disconnected or changes.in_doubt else None
+        self.enforce(changes.generation, deadline, certificates=shown)
+        asked = shown is not None and self.control.asks_whom_it_refuses
+        proven(Step.DENIED, *([Step.REFUSED] if asked else []))
+        failpoint("apply.after_reload")
+        if changes.sessions_to_end:
+            self.disconnect(changes.sessions_to_end, deadline, revoked=changes.revoked)
+        proven(Step.CUT)
+        failpoint("apply.after_cut")
+        if has_crls and (shown is not None or self.control.publishes_crls):
+            self.probe(certificates, deadline)
+            proven(Step.REFUSED)
+        if changes.disconnected:
+            self.check_resumption(changes.generation, certificates, deadline)
+        failpoint("apply.after_probe")
 
     def topics_problem(
         self, client_id: str, topics: Sequence[Topic], kind: ClientKind, tenant: TenantOnBroker | None = None

@@ -27,6 +27,36 @@ class RestartReason(StrEnum):
     CERTIFICATE = "it has a new server certificate"
 
 
+class Step(StrEnum):
+    """What is proven of a change one after the other, after it was recorded."""
+
+    DENIED = "denied"  # the broker has proven that it has the change
+    REFUSED = "refused"  # somebody else's revoked certificate was seen to be refused
+    CUT = "cut"  # the connections of the devices were ended
+    ENFORCED = "enforced"  # all of it, and recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a broker must be seen to obey once the draft of ``generation`` is installed.
+
+    ``disconnected`` are ids of clients whose sessions must end, ``revoked`` those of them that were revoked for good,
+    each with the prefix of its topics, ``narrowed`` those that have only lost topics. ``in_doubt`` if it must be seen
+    to refuse a revoked certificate even if nobody is disconnected: it has new CRLs, or others may have damaged some.
+    """
+
+    generation: int
+    disconnected: Sequence[str]
+    revoked: Mapping[str, str]
+    narrowed: Sequence[str]
+    in_doubt: bool
+
+    @property
+    def sessions_to_end(self) -> Sequence[str]:
+        """The ids of clients whose sessions must end, for whatever reason."""
+        return [*self.disconnected, *self.narrowed]
+
+
 class DeviceAccess(Protocol):
     """What devices, and applications, may do on the broker.
 

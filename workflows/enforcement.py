@@ -16,10 +16,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from pathlib import Path
 
 import db
+from broker.control import Step
 from core.states import DeviceStatus
 from store import audit, generations
 from store.database import Database
@@ -34,15 +34,6 @@ _CHECK = struct.Struct("<I")
 _PROBLEM_BYTES = SLOT_BYTES - _CHECK.size - _FIELDS.size
 _CHANGES = {"device:revoke": DeviceStatus.REVOKED, "device:suspend": DeviceStatus.SUSPENDED}
 _LOOKED_AT = 20  # audit entries of a device
-
-
-class Step(StrEnum):
-    """What is proven of a change one after the other, after it was recorded."""
-
-    DENIED = "denied"  # the broker has proven that it has the change
-    REFUSED = "refused"  # somebody else's revoked certificate was seen to be refused
-    CUT = "cut"  # the connections of the devices were ended
-    ENFORCED = "enforced"  # all of it, and recorded
 
 
 @dataclass(frozen=True, slots=True)

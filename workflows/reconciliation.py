@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from broker.control import Draft, RestartReason
+from broker.control import Changes, Draft, RestartReason, Step
 from broker.probe import ProbeCertificates
 from broker_provisioning import BrokerProvisioning
 from config import Settings
@@ -31,7 +31,7 @@ from workflows import events
 from workflows.access import BrokerTenants, complete_draft
 from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
-from workflows.enforcement import STEPS_FILE, Progress, Step, StepsFile
+from workflows.enforcement import STEPS_FILE, Progress, StepsFile
 from workflows.events import EventType
 from workflows.restarts import LEAST_SPACING, BrokerRestarts
 
@@ -346,21 +346,9 @@ class Reconciler:
         has_crls = self._install(target)
         progress.installed = generation
         failpoint("apply.after_install")
-        shown = self._probe_certificates if target.disconnected or target.crls or target.in_doubt else None
-        self._broker.enforce(generation, deadline, certificates=shown)
-        asked = shown is not None and self._broker.control.asks_whom_it_refuses
-        steps.proven(Step.DENIED, *([Step.REFUSED] if asked else []))
-        failpoint("apply.after_reload")
-        if ended := [*target.disconnected, *target.narrowed]:
-            self._broker.disconnect(ended, deadline, revoked=target.revoked)
-        steps.proven(Step.CUT)
-        failpoint("apply.after_cut")
-        if has_crls and (shown is not None or self._broker.control.publishes_crls):
-            self._broker.probe(self._probe_certificates, deadline)
-            steps.proven(Step.REFUSED)
-        if target.disconnected:
-            self._broker.check_resumption(generation, self._probe_certificates, deadline)
-        failpoint("apply.after_probe")
+        in_doubt = bool(target.crls) or target.in_doubt
+        changes = Changes(generation, target.disconnected, target.revoked, target.narrowed, in_doubt)
+        self._broker.bring_into_force(changes, self._probe_certificates, deadline, steps.proven, has_crls=has_crls)
         # If a power cut takes this record back, the same is proven again.
         with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
             now = self._clock()
@@ -373,7 +361,7 @@ class Reconciler:
         progress.enforced = generation
         if target.puts_off_crls:
             self.crls.wake()
-        figures = {"cut": len(ended), "crl": bool(target.crls)}
+        figures = {"cut": len(changes.sessions_to_end), "crl": bool(target.crls)}
         took = round((time.monotonic() - started) * 1000, 1)
         log.info("broker enforces", extra={"generation": generation, **figures, "ms": took})
 

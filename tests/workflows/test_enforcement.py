@@ -10,6 +10,7 @@ import pytest
 from flask import Flask
 
 from app import portal_of
+from broker.control import Step
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import BrokerUnavailable
@@ -17,7 +18,7 @@ from operations.wiring import Portal, utc_now
 from tests.support.guarded import guarded_app
 from tests.support.harness import Clock
 from tests.workflows.test_admission import OPERATOR, request_of
-from workflows.enforcement import SLOT_BYTES, SLOTS, Enforcement, Progress, Step, StepsFile
+from workflows.enforcement import SLOT_BYTES, SLOTS, Enforcement, Progress, StepsFile
 
 TENANT = OPERATOR.tenant_id
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
 
+from broker.control import Step
 from core.roles import Permission
 from core.states import CertificateStatus, DeviceStatus
 from core.topics import expand
@@ -15,7 +16,7 @@ from store.certificates import CertificateRecord
 from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.registration import new_once
 from workflows.devices import DeviceDetails
-from workflows.enforcement import Enforcement, Step
+from workflows.enforcement import Enforcement
 
 PAGES = Pages()
 PATH = "/ui/devices/{device_id}"

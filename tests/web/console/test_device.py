@@ -12,6 +12,7 @@ from flask import Flask
 from markupsafe import escape
 
 from app import portal_of
+from broker.control import Step
 from core.roles import Role
 from store.generations import set_applied_generation
 from store.tables import Token
@@ -19,7 +20,7 @@ from tests.support.browser import Browser, logged_in_as, text_of
 from tests.support.harness import ON_SQLITE, Api
 from tests.support.tenants import add_tenant
 from tests.web.console.test_fleet import STORED
-from workflows.enforcement import Progress, Step
+from workflows.enforcement import Progress
 
 pytestmark = ON_SQLITE
 STEP = re.compile(
