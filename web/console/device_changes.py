@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from core.errors import FieldProblem, InputInvalid
+from core.errors import InputInvalid
 from core.roles import Permission
 from store.devices import DeviceRecord
 from web.api.devices import PatchRequest, pairs
@@ -18,6 +17,7 @@ from web.console.device import PATH, path_of
 from web.console.formats import value_text
 from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.registration import Once, handed_over
+from web.console.text_fields import Lines, lines_of, metadata_of, of_fields, topics_of
 from workflows.devices import DeviceDetails
 from workflows.renewal import RenewalRequest
 
@@ -37,9 +37,6 @@ class RenewForm(RequestModel):
     key_type: KeyTypeName | None = None
     bundle_format: BundleFormatName | None = None
     revoke_previous: Literal["after_overlap", "when_used"] = "after_overlap"
-
-
-Lines = Annotated[str, Field(max_length=32768)]
 
 
 class EditForm(RequestModel):
@@ -157,43 +154,18 @@ def _changes(details: DeviceDetails, form: EditForm) -> PatchRequest | None:
         changed["external_id"] = form.external_id
     if metadata := _metadata_changes(device, form.metadata):
         changed["metadata_changes"] = metadata
-    if (topics := _lines(form.topics)) != _lines(before["topics"]):
-        changed["topics"] = [_topic(line) for line in topics] or None
+    if lines_of(form.topics) != lines_of(before["topics"]):
+        changed["topics"] = topics_of(form.topics) or None
     if not changed:
         return None
     try:
         return PatchRequest.model_validate(changed)
     except ValidationError as error:
-        raise _of_fields(input_invalid(error)) from None
-
-
-def _of_fields(error: InputInvalid) -> InputInvalid:
-    named = {"metadata_changes": "metadata"}
-    problems = [FieldProblem(named.get(one.field.partition(".")[0], one.field), one.message) for one in error.errors]
-    return InputInvalid(error.detail, problems)
-
-
-def _lines(text: str) -> list[str]:
-    # Not splitlines, which ends lines at characters that a value of the metadata may have, such as U+2028, too.
-    return [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]
-
-
-def _topic(line: str) -> dict[str, str]:
-    pattern, _, access = line.rpartition(" ")
-    if access not in ("read", "write", "readwrite") or not pattern.strip():
-        problem = FieldProblem("topics", "a line is a topic filter, a space, and read, write or readwrite")
-        raise InputInvalid("A line of the topics cannot be read.", [problem])
-    return {"filter": pattern.strip(), "access": access}
+        raise of_fields(input_invalid(error), {"metadata_changes": "metadata"}) from None
 
 
 def _metadata_changes(device: DeviceRecord, text: str) -> dict[str, Any]:
-    shown, wanted = _shown(device), {}
-    for line in _lines(text):
-        key, mark, value = line.partition("=")
-        if not mark or not key.strip():
-            problem = FieldProblem("metadata", "a line is KEY=VALUE")
-            raise InputInvalid("A line of the metadata cannot be read.", [problem])
-        wanted[key.strip()] = value.strip()
+    shown, wanted = _shown(device), metadata_of(text)
     changes: dict[str, Any] = {key: None for key in shown if key not in wanted}
     for key, value in wanted.items():
         if key not in shown or value != value_text(shown[key]).strip():

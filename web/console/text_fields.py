@@ -1,0 +1,52 @@
+"""What is entered as text in the console's forms, a line each: topics, metadata, keys; and a CSR."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from core.errors import FieldProblem, InputInvalid
+
+Lines = Annotated[str, Field(max_length=32768)]
+CsrText = Annotated[str, Field(max_length=16384)]
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines that are not empty, without white space around them."""
+    # Not splitlines, which ends lines at characters that a value of the metadata may have, such as U+2028, too.
+    return [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]
+
+
+def topics_of(text: str, field: str = "topics") -> list[dict[str, str]]:
+    """Return topics as a request of the REST interface has them; raises ``InputInvalid`` for a line that is none."""
+    found = []
+    for line in lines_of(text):
+        pattern, _, access = line.rpartition(" ")
+        if access not in ("read", "write", "readwrite") or not pattern.strip():
+            problem = FieldProblem(field, "a line is a topic filter, a space, and read, write or readwrite")
+            raise InputInvalid("A line of the topics cannot be read.", [problem])
+        found.append({"filter": pattern.strip(), "access": access})
+    return found
+
+
+def metadata_of(text: str, field: str = "metadata") -> dict[str, Any]:
+    """Return keys with their values, each a text; raises ``InputInvalid`` for a line that is not ``KEY=VALUE``."""
+    found = {}
+    for line in lines_of(text):
+        key, mark, value = line.partition("=")
+        if not mark or not key.strip():
+            problem = FieldProblem(field, "a line is KEY=VALUE")
+            raise InputInvalid("A line of the metadata cannot be read.", [problem])
+        found[key.strip()] = value.strip()
+    return found
+
+
+def of_fields(error: InputInvalid, named: dict[str, str]) -> InputInvalid:
+    """Return an error about fields of a request as one about the form's, which are ``named`` otherwise."""
+    problems = []
+    for one in error.errors:
+        name = one.field.partition(".")[0]
+        problems.append(FieldProblem(named.get(name, name), one.message))
+    return InputInvalid(error.detail, problems)
