@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bench.harness import STOP_SECONDS
+from bench.harness import STOP_SECONDS, cpu_seconds
 from tests.support.ports import free_port
 
 # The tables that cfssl's own migrations make (certdb/sqlite of its source); Debian's package does not bring them.
@@ -33,12 +33,18 @@ CREATE TABLE ocsp_responses (
 KEY = {"algo": "ecdsa", "size": 256}
 
 
+def cfssl_version() -> str | None:
+    """Return the version of the cfssl that is installed, if one is."""
+    if not shutil.which("cfssl"):
+        return None
+    said = subprocess.run(["cfssl", "version"], capture_output=True, text=True, check=True).stdout
+    return said.partition("\n")[0].removeprefix("Version:").strip()
+
+
 class Cfssl:
     """``cfssl serve`` on plain HTTP, with a CA of its own in ``folder``: no bundle, no ACL, no audit record."""
 
     def __init__(self, folder: Path) -> None:
-        if not shutil.which("cfssl"):
-            sys.exit("cfssl is missing; install Debian's package golang-cfssl.")
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._port = free_port()
@@ -49,7 +55,9 @@ class Cfssl:
         self._make_ca()
         with contextlib.closing(sqlite3.connect(self._folder / "certs.db")) as database:
             database.executescript(SCHEMA)
-        (self._folder / "db.json").write_text(json.dumps({"driver": "sqlite3", "data_source": "certs.db"}))
+        # By default it answers "database is locked" after 5 s, and under load some requests wait that long.
+        source = "file:certs.db?_busy_timeout=60000"
+        (self._folder / "db.json").write_text(json.dumps({"driver": "sqlite3", "data_source": source}))
         profile = {"expiry": "8760h", "usages": ["digital signature", "client auth"]}
         (self._folder / "config.json").write_text(json.dumps({"signing": {"default": profile}}))
         command = ["cfssl", "serve", "-ca", "ca.pem", "-ca-key", "ca-key.pem", "-config", "config.json"]
@@ -69,19 +77,19 @@ class Cfssl:
     ) -> None:
         self._stop()
 
-    def racer(self, csr: Path | None) -> list[str]:
-        """Return what ``bench/client.py`` needs: a new key with its certificate, or the certificate for a CSR."""
-        if csr is None:
-            path = "newcert"
-            body: dict[str, object] = {
-                "request": {"CN": "3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b", "key": KEY, "names": []}
-            }
-        else:
-            path = "sign"
-            body = {"certificate_request": csr.read_text()}
+    def racer(self, *, csr: bool) -> list[str]:
+        """Return what ``bench/client.py`` needs: a new key with its certificate, or the certificate for a new CSR."""
+        path = "sign" if csr else "newcert"
+        request = {"CN": "3f2b8c1e-5a4d-4e6f-8a9b-0c1d2e3f4a5b", "key": KEY, "names": []}
         file = self._folder / f"{path}.json"
-        file.write_text(json.dumps(body))
-        return ["--path", f"/api/v1/cfssl/{path}", "--body", str(file), "--status", "200"]
+        file.write_text(json.dumps({} if csr else {"request": request}))
+        options = ["--csr", "certificate_request"] if csr else []
+        return ["--path", f"/api/v1/cfssl/{path}", "--body", str(file), "--status", "200", *options]
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used until now."""
+        assert self._process is not None
+        return cpu_seconds(self._process.pid)
 
     def _make_ca(self) -> None:
         request = json.dumps({"CN": "bench", "key": KEY}).encode()

@@ -73,8 +73,9 @@ def sync_milliseconds(folder: Path, times: int = 100) -> float:
 class RunningPortal:
     """A portal as an operator runs it, on a data folder in ``folder`` and free ports, with Mosquitto beside it.
 
-    As a context manager it starts both and stops them, whatever happens. ``environment`` holds further settings;
-    ``fill`` is called with the data folder before anything serves. ``start_seconds`` is what the start took.
+    As a context manager it starts both and stops them, whatever happens. ``environment`` holds further settings; one
+    without a value is left at its default. ``fill`` is called with the data folder before anything serves.
+    ``start_seconds`` is what the start took.
     ``root`` is the checkout whose portal it is.
     """
 
@@ -102,6 +103,7 @@ class RunningPortal:
             "PORTAL_BROKER_CONTROL": "files" if "PORTAL_ACL_STYLE" in environment else "guard",
             **environment,
         }
+        self._settings = {name: value for name, value in self._settings.items() if value}
         guard = self._settings["PORTAL_BROKER_CONTROL"] == "guard"
         self._broker = Mosquitto(self.data / "broker", self.mqtt_port, guard=guard)
         self._server: subprocess.Popen[bytes] | None = None
@@ -137,7 +139,8 @@ class RunningPortal:
     @property
     def environment(self) -> dict[str, str]:
         """What a command of the server's own must have in its environment to work on this portal."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
+        kept_out = ("PORTAL_", "PYTHONDONTWRITEBYTECODE")  # each start would compile all modules again
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(kept_out)}
         return inherited | self._settings
 
     def pids(self) -> list[int]:
@@ -147,7 +150,11 @@ class RunningPortal:
 
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time used until now by the portal's processes and by the broker."""
-        return {"portal": sum(map(cpu_seconds, self.pids())), "broker": cpu_seconds(self._broker.pid)}
+        portal = 0.0
+        for pid in self.pids():
+            with contextlib.suppress(OSError):  # it has just ended, and its parent has its time
+                portal += cpu_seconds(pid)
+        return {"portal": portal, "broker": cpu_seconds(self._broker.pid)}
 
     def resident_bytes(self) -> dict[str, int]:
         """Memory in RAM of all the portal's processes, and of the broker."""
@@ -185,15 +192,18 @@ class RunningPortal:
 
 
 def _children(pid: int) -> list[int]:
-    """Return the processes that a process has started, and those below them, as the plain listener's are."""
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Return the processes that the threads of a process have started, and those below them."""
+    children: list[int] = []
+    with contextlib.suppress(OSError):  # it has just ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (task / "children").read_text().split())
     return [*children, *(below for child in children for below in _children(child))]
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has used until now."""
+    """Processor time that a process has used until now, with that of its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5); the first one here is state
-    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+    return sum(map(int, fields[11:15])) / _CLOCK_TICKS
 
 
 def _resident(pid: int) -> int:
