@@ -139,6 +139,7 @@ class ListOrder(StrEnum):
 
 BY_AGE = (ListOrder.NEWEST, ListOrder.OLDEST)
 BY_NAME = (ListOrder.NAME, ListOrder.NAME_LAST_FIRST)
+BY_SEEN = (ListOrder.LAST_SEEN, ListOrder.LAST_SEEN_FIRST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class DeviceFilter:
     def is_searched(self) -> bool:
         """Whether it has a condition that no index helps with: a part of a name, or what is so of most devices."""
         is_of_group = self.member_of is not None and not self.is_read_from_members
-        searched = self.q is not None or self.metadata is not None or is_of_group
+        searched = self.q is not None or self.metadata is not None or is_of_group or self.narrows_connection
         return searched or self.profile == DEFAULT or self.is_unattested
 
     @property
@@ -192,6 +193,11 @@ class DeviceFilter:
     def narrows_expiry(self) -> bool:
         """Whether ``expires_before`` is a condition in another order than that of expiry."""
         return self.expires_before is not None and self.order is not ListOrder.EXPIRY
+
+    @property
+    def narrows_connection(self) -> bool:
+        """Whether ``connected`` is a condition in another order than those of the connection."""
+        return self.connected is not None and self.order not in BY_SEEN
 
     @property
     def is_unattested(self) -> bool:
@@ -259,6 +265,8 @@ def list_devices(
         query = query.where(sa.exists().where(*of_group))
     if wanted.narrows_expiry:
         query = query.where(Certificate.not_after < wanted.expires_before)
+    if wanted.narrows_connection:
+        query = query.where(sa.func.coalesce(Presence.state, int(PresenceState.NEVER_SEEN)) == wanted.connected)
     rows = tx.execute(_between(query, tenant_id, wanted, order, after, end).limit(limit))
     return Listed([_listed(row) for row in rows], end)
 

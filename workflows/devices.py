@@ -36,7 +36,7 @@ from store import generations, groups, issuers, references
 from store.attestation import AttestationRecord, find_attestation
 from store.certificates import CertificateRecord
 from store.database import Database
-from store.devices import BY_NAME, DeviceFilter, DeviceRecord, ListedDevice, ListOrder, Place, place_of
+from store.devices import BY_NAME, BY_SEEN, DeviceFilter, DeviceRecord, ListedDevice, Place, place_of
 from store.issuers import CrlHead, CrlRecord
 from store.presences import presence_of
 from workflows.groups import expanded
@@ -319,6 +319,6 @@ def _read_lead(lead: list[Any], wanted: DeviceFilter) -> list[Any]:
         name.encode()  # raises it for half of a character
         return [name]
     known = [int(PresenceState(state)) for state in lead]
-    if len(known) != (wanted.connected is None and wanted.order in (ListOrder.LAST_SEEN, ListOrder.LAST_SEEN_FIRST)):
+    if len(known) != (wanted.connected is None and wanted.order in BY_SEEN):
         raise ValueError("not a state")
     return known

@@ -124,6 +124,9 @@ def test_devices_are_listed_by_their_connection(fleet: Portal, limit: int) -> No
         (DeviceFilter(connected=PresenceState.CONNECTED), ["01", "05", "09"]),
         (DeviceFilter(connected=PresenceState.OFFLINE, sort="last_seen"), ["10", "11", "06", "07", "02", "03"]),
         (DeviceFilter(connected=PresenceState.NEVER_SEEN), ["08", "04", "00"]),
+        (DeviceFilter(connected=PresenceState.NEVER_SEEN, sort="created"), ["00", "04", "08"]),
+        (DeviceFilter(connected=PresenceState.CONNECTED, sort="-name"), ["09", "05", "01"]),
+        (DeviceFilter(connected=PresenceState.OFFLINE, sort="name"), ["03", "07", "11", "02", "06", "10"]),
         (DeviceFilter(sort="last_seen"), ["00", "04", "08", "10", "11", "06", "07", "02", "03", "09", "05", "01"]),
         (DeviceFilter(sort="-last_seen"), ["01", "05", "09", "03", "02", "07", "06", "11", "10", "08", "04", "00"]),
     ):

@@ -98,6 +98,9 @@ def test_what_is_not_known_is_said_to_be_so(api: Api, portal: Portal, fleet: lis
         ("sort=-last_seen", "0123"),
         ("sort=-last_seen&q=pump", "0123"),
         ("connected=true&type=valve", ""),
+        ("connected=true&sort=name", "0"),
+        ("connected=false&sort=created", "12"),
+        ("connected=never&sort=expires", "3"),
         ("connected=true&sort=last_seen&expires_before=2100-01-01T00:00:00Z&status=active", "0"),
     ],
 )
