@@ -36,7 +36,7 @@ from store import generations, groups, issuers, references
 from store.attestation import AttestationRecord, find_attestation
 from store.certificates import CertificateRecord
 from store.database import Database
-from store.devices import BY_NAME, BY_SEEN, DeviceFilter, DeviceRecord, ListedDevice, Place, place_of
+from store.devices import BY_NAME, BY_SEEN, DeviceFilter, DeviceRecord, ListedDevice, ListOrder, Place, place_of
 from store.issuers import CrlHead, CrlRecord
 from store.presences import presence_of
 from workflows.groups import expanded
@@ -217,10 +217,29 @@ class Inventory:
         contact = self._known_contact(wanted)
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
+            found = self._meant(tx, tenant_id, text, expanded(tx, tenant_id, wanted))
+            return self._page(tx, tenant, found[:limit], contact, None)
+
+    def _meant(self, tx: Connection, tenant_id: str, text: str, wanted: DeviceFilter) -> list[ListedDevice]:
+        meant = [dataclasses.replace(wanted, id=one.id) for one in references.candidates(tx, tenant_id, text)]
+        return [device for one in meant for device in store_devices.list_devices(tx, tenant_id, one, limit=1).devices]
+
+    def suggested(self, tenant_id: str, text: str, wanted: DeviceFilter, *, limit: int) -> Page:
+        """Return the devices that a reader most likely means by a text that is typed: ``named``, then by their names.
+
+        Of the names those count that follow the text in the index of names and have it in them: of a fleet of any size,
+        those that begin so. Raises as ``named`` does.
+        """
+        contact = self._known_contact(wanted)
+        tenant = self._tenants.of(tenant_id)
+        with self._database.snapshot() as tx:
             inner = expanded(tx, tenant_id, wanted)
-            meant = [dataclasses.replace(inner, id=one.id) for one in references.candidates(tx, tenant_id, text)]
-            found = [store_devices.list_devices(tx, tenant_id, one, limit=1).devices for one in meant]
-            return self._page(tx, tenant, [device for one in found for device in one][:limit], contact, None)
+            found = {one.device.id: one for one in self._meant(tx, tenant_id, text, inner)}
+            by_name = dataclasses.replace(inner, q=text, sort=ListOrder.NAME)
+            before = (text, datetime.min.replace(tzinfo=UTC), "")  # each device of this very name comes after it
+            begun = store_devices.list_devices(tx, tenant_id, by_name, limit=limit, after=before)
+            found |= {one.device.id: one for one in begun.devices if one.device.id not in found}
+            return self._page(tx, tenant, [*found.values()][:limit], contact, None)
 
     def identified(self, tenant_id: str, kind: ClientKind, by: str, text: str) -> str:
         """Return the id of the device, or application, with a ``name`` or ``external_id``, or whose ``id`` begins so.

@@ -185,14 +185,14 @@ def filter_of(visit: Visit, query: FleetQuery) -> DeviceFilter:
 def _found(visit: Visit, query: FleetQuery) -> tuple[Sequence[Row], str | None]:
     """Return a page of devices, and where the next one begins.
 
-    A search first names the devices that its text means by itself, and looks on for as long as a reader waits gladly:
-    ``Inventory.devices`` returns less than a page after it has looked at many devices.
+    A search first names the devices that its text means by itself, or whose names begin with it, and looks on for as
+    long as a reader waits gladly: ``Inventory.devices`` returns less than a page after it has looked at many devices.
     """
     inventory, tenant_id, wanted = visit.portal.inventory, visit.actor.tenant_id, filter_of(visit, query)
     found: dict[str, Row] = {}
     if query.q is not None and query.cursor is None:
         named = filter_of(visit, query.model_copy(update={"q": None}))
-        found = {row.id: row for row in _rows(inventory.named(tenant_id, query.q, named, limit=PER_PAGE))}
+        found = {row.id: row for row in _rows(inventory.suggested(tenant_id, query.q, named, limit=PER_PAGE))}
     cursor, until = query.cursor, time.monotonic() + SEARCH_SECONDS
     while True:
         page = inventory.devices(tenant_id, wanted, limit=max(1, PER_PAGE - len(found)), cursor=cursor)

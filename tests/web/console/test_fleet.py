@@ -103,6 +103,20 @@ def test_a_search_that_has_looked_for_long_leads_on(
     assert names(browser.get("/ui/devices?q=ante").text) == ["wanted"]
 
 
+def test_names_that_begin_with_the_text_are_found_first_however_old_the_devices_are(
+    api: Api, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("store.devices.LOOKED_AT", 2)
+    monkeypatch.setattr(fleet, "SEARCH_SECONDS", 0.0)
+    for name in ("pump-2", "pump-1", "pump-3", "a pump", "other", "other"):
+        api.register(name=name)
+    assert names(browser.get("/ui/devices?q=pump-").text) == ["pump-1", "pump-2"]
+    assert names(browser.get("/ui/devices?q=pump-3").text) == ["pump-3"]
+    monkeypatch.setattr(fleet, "SEARCH_SECONDS", 60.0)
+    assert names(browser.get("/ui/devices?q=pump").text) == ["pump-1", "pump-2", "a pump", "pump-3"]
+    assert names(browser.get("/ui/devices?q=pump-&type=valve").text) == []
+
+
 def test_the_first_page_counts_no_devices(app: Flask, api: Api, browser: Browser) -> None:
     api.register()
     statements: list[str] = []
