@@ -14,7 +14,7 @@ import pytest
 
 from commands import client
 from commands.output import Cell, status_of, text
-from tests.commands.test_terminal import terminal
+from tests.support.terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from commands import many
-from tests.commands.test_terminal import terminal
+from tests.support.terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from commands.logins import login_path
-from tests.commands.test_terminal import terminal
+from tests.support.terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, problem
 
