@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import json
+import secrets
 import sys
 import tempfile
 import time
@@ -42,9 +45,10 @@ class Provider:
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """A login that waits for somebody; ``until`` is by the monotonic clock."""
+    """A login that waits for somebody; ``until`` is by the monotonic clock, ``verifier`` that of PKCE (RFC 7636)."""
 
     code: str
+    verifier: str
     interval: float
     until: float
 
@@ -78,8 +82,18 @@ def _provider(told: Mapping[str, Any]) -> Iterator[Provider]:
 
 
 def _begin(provider: Provider, out: Output) -> DeviceCode:
-    """Ask for a code, and show it (RFC 8628 sections 3.1 to 3.3)."""
-    fields = {"client_id": provider.client_id, "scope": provider.scopes}
+    """Ask for a code, and show it (RFC 8628 sections 3.1 to 3.3).
+
+    Keycloak wants PKCE here, too, of a client that has to use it; a provider that does not know it ignores it.
+    """
+    verifier = secrets.token_urlsafe(48)
+    challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+    fields = {
+        "client_id": provider.client_id,
+        "scope": provider.scopes,
+        "code_challenge": challenge,
+        "code_challenge_method": "S256",
+    }
     status, answer = _post(provider, provider.device_endpoint, fields)
     if status != 200:
         raise CliError(f"The identity provider gives no code ({_error_of(status, answer)}).")
@@ -93,12 +107,17 @@ def _begin(provider: Provider, out: Output) -> DeviceCode:
     wait = _number(answer.get("expires_in"), MAX_WAIT, otherwise=600.0)
     out.note("Waiting for you; Ctrl-C gives up.")
     interval = _number(answer.get("interval"), MAX_INTERVAL, otherwise=INTERVAL)
-    return DeviceCode(answer["device_code"], interval, time.monotonic() + wait)
+    return DeviceCode(answer["device_code"], verifier, interval, time.monotonic() + wait)
 
 
 def _poll(provider: Provider, waiting: DeviceCode) -> str:
     """Return the ID token as soon as there is one (RFC 8628 sections 3.4 and 3.5)."""
-    fields = {"grant_type": GRANT, "device_code": waiting.code, "client_id": provider.client_id}
+    fields = {
+        "grant_type": GRANT,
+        "device_code": waiting.code,
+        "client_id": provider.client_id,
+        "code_verifier": waiting.verifier,
+    }
     interval = waiting.interval
     while time.monotonic() + interval <= waiting.until:
         time.sleep(interval)
@@ -117,7 +136,7 @@ def _poll(provider: Provider, waiting: DeviceCode) -> str:
                 interval = min(interval + SLOWER, MAX_INTERVAL)
             case "expired_token":
                 break
-            case "access_denied":
+            case "access_denied" | "authorization_declined":  # the second one is Entra's
                 raise CliError("The login was refused at the identity provider. Nothing was saved.")
             case _:
                 raise CliError(f"The identity provider has ended the login ({_error_of(status, answer)}).")

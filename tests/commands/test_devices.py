@@ -14,9 +14,9 @@ import pytest
 
 from commands import client
 from commands.output import Cell, status_of, text
-from tests.support.terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
+from tests.support.terminal import terminal
 
 UNKNOWN = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 pytest_plugins = ("tests.support.cli_fixtures",)

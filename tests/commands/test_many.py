@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from commands import many
-from tests.support.terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
+from tests.support.terminal import terminal
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 CALL = ("POST", "/devices/actions")

@@ -16,6 +16,7 @@ from commands.logins import login_path
 from tests.support.cli_session import Session
 from tests.support.identity_provider import CLI_CLIENT_ID, IdentityProvider, as_json, identity_provider
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, problem
+from tests.support.terminal import terminal
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 
@@ -75,6 +76,7 @@ def test_address_and_code_are_shown_and_the_token_is_saved(
     assert path.stat().st_mode & 0o077 == 0
     assert pauses == [1.0, 1.0, 1.0]
     assert [one["client_id"] for one in idp.redeemed] == [CLI_CLIENT_ID] * 3
+    assert len({one["code_verifier"] for one in idp.redeemed}) == 1
     (sent,) = stub.calls("POST", "/oidc/tokens")
     assert sent.body["id_token"].count(".") == 2
     assert "tenant" not in sent.body
@@ -106,6 +108,7 @@ def test_a_poll_that_times_out_is_repeated_after_twice_the_pause(
     ("error", "said"),
     [
         ("access_denied", "was refused at the identity provider"),
+        ("authorization_declined", "was refused at the identity provider"),
         ("expired_token", "has expired before it was entered"),
         ("invalid_client", "has ended the login (invalid_client)"),
         ("\x1b[31m", "has ended the login (\\x1b[31m)"),
@@ -143,8 +146,7 @@ def test_ctrl_c_gives_up_and_saves_nothing(
 def test_the_tenant_is_chosen_by_an_option(
     session: Session, stub: PortalStub, idp: IdentityProvider, pauses: list[float]
 ) -> None:
-    several = problem(409, "tenant_needed", "Your groups have roles in several tenants; choose one of: acme, default.")
-    stub.replies["POST", "/oidc/tokens"] = several
+    stub.replies["POST", "/oidc/tokens"] = SEVERAL
     result = session.run("login", "--oidc")
     assert result.exit_code == 1
     assert "acme, default" in result.stderr
@@ -154,6 +156,51 @@ def test_the_tenant_is_chosen_by_an_option(
     assert session.json("--tenant", "acme", "login", "--oidc")["tenant"] == "acme"
     assert stub.calls("POST", "/oidc/tokens")[-1].body["tenant"] == "acme"
     assert json.loads(login_path(session.environment).read_text())["tenant"] == "acme"
+
+
+SEVERAL = problem(409, "tenant_needed", "Your groups have roles in several tenants; choose one of: acme, default.")
+
+
+def test_at_a_terminal_the_tenant_is_asked_for(session: Session, stub: PortalStub, idp: IdentityProvider) -> None:
+    stub.replies["POST", "/oidc/tokens"] = [SEVERAL, Reply(201, {"token": TOKEN, "tenant": "acme"})]
+    stub.replies["GET", "/whoami"] = Reply(200, {"tenant": "acme", "role": "operator", "operator": "Ada"})
+    with terminal(session, "login", "--oidc", NO_COLOR="1", TERM="dumb") as seen:
+        seen.expect("choose one of: acme, default")
+        seen.expect("Tenant: ")
+        seen.type("\n")  # is no answer
+        seen.expect("Tenant: ")
+        seen.type("acme\n")
+        assert seen.end() == 0, seen.seen
+    asked = stub.calls("POST", "/oidc/tokens")
+    assert [one.body.get("tenant") for one in asked] == [None, "acme"]
+    assert len({one.body["id_token"] for one in asked}) == 1  # nobody has to enter a code twice
+    saved = json.loads(login_path(session.environment).read_text())
+    assert (saved["token"], saved["tenant"]) == (TOKEN, "acme")
+
+
+def test_at_a_terminal_a_tenant_without_a_role_ends_the_login(
+    session: Session, stub: PortalStub, idp: IdentityProvider
+) -> None:
+    refused = problem(403, "no_role", "Your groups have no role in the tenant other, or it is not served.")
+    stub.replies["POST", "/oidc/tokens"] = [SEVERAL, refused]
+    with terminal(session, "login", "--oidc", NO_COLOR="1", TERM="dumb") as seen:
+        seen.expect("Tenant: ")
+        seen.type("other\n")
+        assert seen.end() == 1, seen.seen
+    assert "no role in the tenant other" in " ".join(seen.seen.split())
+    assert not login_path(session.environment).exists()
+
+
+def test_at_a_terminal_ctrl_d_at_the_question_saves_nothing(
+    session: Session, stub: PortalStub, idp: IdentityProvider
+) -> None:
+    stub.replies["POST", "/oidc/tokens"] = SEVERAL
+    with terminal(session, "login", "--oidc", NO_COLOR="1", TERM="dumb") as seen:
+        seen.expect("Tenant: ")
+        seen.type("\x04")
+        assert seen.end() == 130, seen.seen
+    assert "Traceback" not in seen.seen
+    assert not login_path(session.environment).exists()
 
 
 def test_a_portal_without_a_provider_says_so(session: Session, stub: PortalStub) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from commands.logins import login_path
-from tests.support.terminal import terminal
 from tests.support.cli_session import Session
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, problem
+from tests.support.terminal import terminal
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 ACME = {"name": "acme", "status": "active", "topic_prefix": "acme", "est_label": "acme", "broker": "enforced"}

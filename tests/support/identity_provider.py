@@ -143,7 +143,7 @@ class IdentityProvider:
             "/jwks": lambda: as_json({"keys": [key.as_dict(private=False) for key in self.keys]}),
             "/authorize": lambda: self._authorize(given),
             "/token": lambda: self._token(given, handler.headers.get("Authorization", "")),
-            "/device": self._device,
+            "/device": lambda: self._device(given),
         }
         return routes[path]() if path in routes else as_json({"error": "not_found"}, 404)
 
@@ -171,15 +171,22 @@ class IdentityProvider:
         if given.get("grant_type") == "urn:ietf:params:oauth:grant-type:device_code":
             if self.device_answers:
                 return self.device_answers.pop(0)
+            begun = self._codes.get(given["device_code"])
+            if begun is not None and not _fits(begun, given):
+                return as_json({"error": "invalid_grant"}, 400)
             return as_json({"id_token": self.id_token(), "access_token": "x", "token_type": "Bearer"})
         asked = self._codes.pop(given.get("code", ""), None)
-        challenge = _b64(hashlib.sha256(given.get("code_verifier", "").encode()).digest())
-        if asked is None or asked["code_challenge"] != challenge or asked["redirect_uri"] != given["redirect_uri"]:
+        if asked is None or not _fits(asked, given) or asked["redirect_uri"] != given["redirect_uri"]:
             return as_json({"error": "invalid_grant"}, 400)
         claims = {"aud": CLIENT_ID, "nonce": asked["nonce"]} | self.person
         return as_json({"id_token": self.id_token(**claims), "access_token": "x", "token_type": "Bearer"})
 
-    def _device(self) -> Answer:
+    def _device(self, given: dict[str, str]) -> Answer:
+        """Begin a device flow, of a client that has to use PKCE, as Keycloak does."""
+        if given.get("code_challenge_method") != "S256":
+            missing = "Missing parameter: code_challenge_method"
+            return as_json({"error": "invalid_request", "error_description": missing}, 400)
+        self._codes["the-device-code"] = given
         return as_json(
             {
                 "device_code": "the-device-code",
@@ -189,6 +196,11 @@ class IdentityProvider:
                 "interval": 1,
             }
         )
+
+
+def _fits(asked: Mapping[str, str], given: Mapping[str, str]) -> bool:
+    """Whether the PKCE verifier of a request is that of the challenge which the first one had (RFC 7636 §4.6)."""
+    return asked["code_challenge"] == _b64(hashlib.sha256(given.get("code_verifier", "").encode()).digest())
 
 
 def as_json(content: Any, status: int = 200) -> Answer:

@@ -37,19 +37,27 @@ def name_of(claims: Mapping[str, Any]) -> str:
 
 def groups_of(claims: Mapping[str, Any], claim: str) -> frozenset[str]:
     """Return the groups in a claim, or in one within objects, whose names are joined by dots; raises ``NoRole``."""
-    found: object = claims
-    for part in (claim,) if claim in claims else claim.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
+    found = _within(claims, claim.split("."))
     if isinstance(found, str):
         found = [found]
     if not isinstance(found, list) or len(found) > MAX_GROUPS:
         elsewhere = claims.get("_claim_names")  # OpenID Connect Core 1.0 §5.6.2; Entra does so beyond 200 groups
-        if isinstance(elsewhere, Mapping) and claim in elsewhere:
+        if (isinstance(elsewhere, Mapping) and claim in elsewhere) or claims.get("hasgroups") is True:
             raise NoRole(
                 "The identity provider does not list your groups, since they are too many; have it list fewer."
             )
         raise NoRole("The identity provider does not say which groups you are in; an admin of it has to add them.")
     return frozenset(group for group in found if isinstance(group, str))
+
+
+def _within(found: object, names: list[str]) -> object:
+    """Return what objects have under these names, of which each may have dots in it, as a client id of Keycloak."""
+    if not names:
+        return found
+    for number in range(len(names), 0, -1):
+        if isinstance(found, Mapping) and (name := ".".join(names[:number])) in found:
+            return _within(found[name], names[number:])
+    return None
 
 
 def _plain(text: str) -> str:

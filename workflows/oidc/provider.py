@@ -180,6 +180,11 @@ class IdentityProvider:
     def _discover(self) -> _Known:
         said = self._transport.get(self.issuer.rstrip("/") + "/.well-known/openid-configuration")
         if said.get("issuer") != self.issuer:
+            if "{" in str(said.get("issuer")):  # Entra, asked for "common" or "organizations"
+                raise ProviderUnavailable(
+                    "PORTAL_OIDC_ISSUER is that of all directories of the identity provider; set it to the issuer of"
+                    " one directory, which has its id in place of common."
+                )
             raise ProviderUnavailable(
                 "The identity provider gives itself another name than PORTAL_OIDC_ISSUER; set that to its issuer,"
                 " character by character."
