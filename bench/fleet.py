@@ -14,7 +14,8 @@ import sqlalchemy as sa
 from core.states import IssuerKind
 from store.database import Database
 from store.presences import add_presences
-from store.tables import BrokerState, Certificate, Device, IssuerRow
+from store.tables import Certificate, Device, IssuerRow
+from tests.support.brokers import enforce_all
 
 TENANT = "default"
 TYPES, LOCATIONS = 20, 200
@@ -45,7 +46,7 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
             add_presences(tx, [(TENANT, device["id"], device["created_at"]) for device, _ in rows])
     with database.transaction() as tx:
         # As long ago as the revocations are: the broker has obeyed them.
-        tx.execute(sa.update(BrokerState).values(applied_generation=BrokerState.generation, pending_since=None))
+        enforce_all(tx)
         if revoked:
             tx.execute(sa.update(IssuerRow).where(IssuerRow.id == issuer_id).values(revoked_generation=1))
     if not database.is_sqlite:

@@ -18,6 +18,20 @@ class ClientKind(StrEnum):
     APPLICATION = "application"
 
 
+class BrokerEngine(StrEnum):
+    """What program a broker is."""
+
+    MOSQUITTO = "mosquitto"
+    RABBITMQ = "rabbitmq"
+
+
+class BrokerKind(StrEnum):
+    """Who tells a broker what it must enforce: the portal's node that runs beside it, or an agent elsewhere."""
+
+    NODE = "node"
+    AGENT = "agent"
+
+
 class DeviceStatus(StrEnum):
     """State of a device; ``MOVES`` lists how it may change."""
 

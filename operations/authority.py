@@ -241,7 +241,7 @@ def install_ca(portal: Portal, actor: Actor, content: bytes, say: Callable[[str]
 
 def _make_trusted(portal: Portal, name: str, generation: int, say: Callable[[str], None]) -> None:
     write_ca_file(portal)
-    outcome = portal.reconciler.apply(generation, timeout=portal.settings.enforce_timeout)
+    outcome = portal.reconciler.apply_everywhere(generation, timeout=portal.settings.enforce_timeout)
     if not outcome.covers(generation) and (
         outcome.installed < generation or portal.reconciler.broker_answers()
     ):  # a broker that is not running reads the files at its start

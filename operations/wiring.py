@@ -21,6 +21,7 @@ from core.files import FileLock, access_problem, remove_leftovers, replace_file,
 from core.rates import Rates
 from core.roles import Role
 from core.served_tenants import ServedTenants
+from core.states import BrokerKind
 from core.tenants import TenantStatus
 from core.throttle import Throttle
 from operations import data_folder
@@ -28,7 +29,7 @@ from operations.monitoring import Monitoring, Readiness
 from operations.own_certificates import OwnCertificates, probe_certificates
 from operations.tenant_readiness import TenantReadiness
 from pki.keys.stores import KeyStores
-from store import audit, tenants
+from store import audit, brokers, tenants
 from store.database import Database
 from store.tables import DEFAULT_TENANT
 from store.tenants import TokenRecord
@@ -219,6 +220,9 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     events.watch(database.engine, subscribed)
     with database.transaction() as tx:
         tenants.add_tenant(tx, first_tenant, created_at=clock())
+        own_broker = brokers.of_node(tx) or brokers.add_broker(
+            tx, brokers.FIRST_NAME, BrokerKind.NODE, at=clock(), joined=True
+        )
         check_tenants(settings, tenants.list_tenants(tx))
     audit_logs = open_audit_logs(database, settings, clock)
     keys = open_keys(settings)
@@ -240,7 +244,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         keys=keys,
         authority=authority,
         broker=broker,
-        reconciler=Reconciler(settings, database, authority, broker, probes, clock, first_tenant),
+        reconciler=Reconciler(settings, database, authority, broker, probes, clock, first_tenant, own_broker.id),
         link_keys=secret_file(folder / "link-keys", lambda: secrets.token_urlsafe(32)).split(),
         pepper=pepper,
         sender=sender,

@@ -1,6 +1,6 @@
-"""The generation that the broker must reach, the one it has reached, and the changes since, of all tenants.
+"""The generation that the brokers must reach, the one that all have reached, and the changes since, of all tenants.
 
-The broker is one for the installation, and so is its generation: what it must enforce is read whoever owns it.
+It is one for the installation: what a broker must enforce is read whoever owns it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import CertificateStatus, ClientKind, DeviceStatus
-from store.database import UtcDateTime, columns_of
+from store.database import columns_of
 from store.devices import TOPICS, topics_by_device
 from store.tables import AclEntry, BrokerState, Certificate, Device
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerStateRecord:
-    """The generation that the broker must reach, and the last one that it was seen to enforce.
+    """The generation that a broker must reach, and the last one that it, or every one, was seen to enforce.
 
     ``pending_since`` is since when the two have differed, ``None`` where they do not.
     """
@@ -37,27 +37,8 @@ _BROKER_STATE = sa.select(*columns_of(BrokerStateRecord, BrokerState))
 
 
 def get_broker_state(tx: Connection) -> BrokerStateRecord:
-    """Return the generation that the broker must reach and the one that it has reached."""
+    """Return the generation that the brokers must reach, and the one that every broker which counts has reached."""
     return BrokerStateRecord(*tx.execute(_BROKER_STATE).one())
-
-
-_SET_APPLIED = (
-    sa.update(BrokerState)
-    .where(BrokerState.applied_generation < sa.bindparam("applied"))
-    .values(
-        applied_generation=sa.bindparam("applied"),
-        applied_at=sa.bindparam("at"),
-        # A change that came during the reconciliation has been pending since then, which is at the latest now.
-        pending_since=sa.case(
-            (BrokerState.generation > sa.bindparam("applied"), sa.bindparam("at", type_=UtcDateTime)), else_=None
-        ),
-    )
-)
-
-
-def set_applied_generation(tx: Connection, generation: int, *, applied_at: datetime) -> None:
-    """Record that the broker enforces ``generation``; a lower one than recorded changes nothing."""
-    tx.execute(_SET_APPLIED, {"applied": generation, "at": applied_at})
 
 
 # --- What has changed ------------------------------------------------------------------------------------------------
@@ -148,9 +129,12 @@ def certificate_changes(tx: Connection, *, since: int, now: datetime) -> Iterato
 
 
 _TO_DISCONNECT: sa.CompoundSelect[Any] = sa.union(
-    sa.select(Device.id).where(Device.generation > sa.bindparam("since"), _DENIED),
+    sa.select(Device.id).where(
+        Device.generation > sa.bindparam("since"), Device.generation <= sa.bindparam("upto"), _DENIED
+    ),
     sa.select(Certificate.device_id).where(
         Certificate.generation > sa.bindparam("since"),
+        Certificate.generation <= sa.bindparam("upto"),
         _ON_A_CRL,
         Certificate.status == CertificateStatus.REVOKED,
         Certificate.device_id.is_not(None),
@@ -158,13 +142,16 @@ _TO_DISCONNECT: sa.CompoundSelect[Any] = sa.union(
 )
 
 
-def devices_to_disconnect(tx: Connection, *, since: int) -> list[str]:
-    """Return the devices whose sessions must end because of a change after generation ``since``.
+_NEWEST = (1 << 63) - 1
+
+
+def devices_to_disconnect(tx: Connection, *, since: int, upto: int = _NEWEST) -> list[str]:
+    """Return the devices whose sessions must end because of a change after generation ``since``, and up to ``upto``.
 
     They were revoked or suspended, or one of their certificates was revoked, with which the session may have begun; a
     device that has another certificate connects again.
     """
-    found = tx.execute(_TO_DISCONNECT, {"since": since}).scalars()
+    found = tx.execute(_TO_DISCONNECT, {"since": since, "upto": upto}).scalars()
     return [device_id for device_id in found if device_id]
 
 

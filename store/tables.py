@@ -11,6 +11,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from core import states
 from store import (  # noqa: F401 - all in METADATA
     attestation_tables,
+    broker_tables,
     enrolment_tables,
     group_tables,
     mail_tables,
@@ -146,9 +147,9 @@ class AuditHead(Base):
 
 
 class BrokerState(Base):
-    """The generation that the broker must reach, and the newest one that it was seen to enforce.
+    """The generation that every broker must reach, and the newest one that all which count were seen to enforce.
 
-    It has one row for the whole installation, as there is one broker, and belongs to no tenant.
+    It has one row for the whole installation, and belongs to no tenant. ``store/brokers.py`` writes the second.
     """
 
     __tablename__ = "broker_state"
@@ -164,6 +165,8 @@ class BrokerState(Base):
     applied_at: Mapped[datetime | None]
     # Since when the two have differed.
     pending_since: Mapped[datetime | None]
+    # The greatest that ``applied_generation`` ever was, which falls when a broker joins or comes back.
+    announced_generation: Mapped[int] = mapped_column(sa.BigInteger, server_default="0")
     # Random, another one after each change of the CAs, so that each transaction sees by it whether there was one.
     issuers_version: Mapped[str] = mapped_column(sa.String(32), default="", server_default="")
 

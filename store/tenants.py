@@ -13,10 +13,11 @@ from sqlalchemy.engine import Connection
 
 from core.errors import NotFound
 from core.roles import Role
-from core.states import DeviceStatus
+from core.states import BrokerKind, DeviceStatus
 from core.tenants import Quotas, TenantChoices, TenantStatus, overlapping
 from core.topics import literal_levels
 from store.audit import EMPTY_RECORD
+from store.brokers import FIRST_NAME, add_broker
 from store.database import columns_of, hash_of
 from store.enrolment_tables import EnrolmentToken
 from store.tables import DEFAULT_TENANT, AclEntry, AuditHead, BrokerState, Device, IssuerRow, Tenant, Token
@@ -51,7 +52,7 @@ def add_tenant(
     quotas: Quotas = Quotas(),  # noqa: B008 - it is frozen
     generation: int = 0,
 ) -> None:
-    """Record a tenant with an empty audit record, unless it exists; the first with the state of the broker of all.
+    """Record a tenant with an empty audit record, unless it exists; the first with the first broker.
 
     Its topics begin with its name if no prefix is given, and those of the first one as the settings say.
     """
@@ -70,6 +71,7 @@ def add_tenant(
     if tx.execute(sa.select(BrokerState.id)).first() is None:
         state = {"id": 1, "generation": 1, "applied_generation": 0, "pending_since": created_at}
         tx.execute(sa.insert(BrokerState), state)
+        add_broker(tx, FIRST_NAME, BrokerKind.NODE, at=created_at, joined=True)
 
 
 def is_tenant(tx: Connection, tenant_id: str) -> bool:

@@ -23,8 +23,8 @@ from core.errors import DatabaseTooNew, DatabaseUnavailable, DeviceNotFound, Sta
 from core.states import DeviceStatus
 from core.topics import is_device_id
 from operations.wiring import Portal, open_portal
+from store import brokers, devices, generations, issuers, schema, tenants
 from store import database as database_module
-from store import devices, generations, issuers, schema, tenants
 from store.database import Database
 from store.devices import DeviceFilter
 from store.tables import METADATA, AclEntry, AuditEntry, Certificate, Delivery, Device
@@ -169,10 +169,10 @@ def test_a_topic_is_listed_once_for_a_device(portal: Portal) -> None:
 def test_the_applied_generation_is_never_ahead_of_the_newest_and_never_goes_back(portal: Portal) -> None:
     with portal.database.transaction() as tx:
         newest = db.next_generation(tx, at=NOW)
-        generations.set_applied_generation(tx, newest, applied_at=NOW)
-        generations.set_applied_generation(tx, newest - 1, applied_at=NOW)
+        brokers.set_applied_generation(tx, 1, newest, applied_at=NOW)
+        brokers.set_applied_generation(tx, 1, newest - 1, applied_at=NOW)
         assert generations.get_broker_state(tx).applied_generation == newest
-    refused(portal, lambda tx: generations.set_applied_generation(tx, newest + 1, applied_at=NOW))
+    refused(portal, lambda tx: brokers.set_applied_generation(tx, 1, newest + 1, applied_at=NOW))
 
 
 def test_a_transaction_that_fails_leaves_nothing(portal: Portal) -> None:

@@ -18,12 +18,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from sqlalchemy.engine import Connection
+
 import db
 from broker.control import Step
 from core.states import DeviceStatus
-from store import audit, generations
+from store import audit, brokers, devices, generations
 from store.database import Database
 from store.devices import DeviceRecord
+from workflows import events
+from workflows.events import EventType
 
 log = logging.getLogger("portal.enforcement")
 
@@ -133,6 +137,18 @@ class Progress:
     def _write(self, problem: str) -> None:
         seconds = [self._seconds.get(step, math.nan) for step in Step]
         self._file.write(self.since, self.generation, self.at.timestamp(), seconds, problem)
+
+
+def note_applied(tx: Connection, broker_id: int, generation: int, *, at: datetime) -> None:
+    """Record that a broker was seen to enforce ``generation``, with an event for each device that all now keep out."""
+    brokers.take_turns(tx)
+    before = brokers.announced_generation(tx) if (is_heard := events.has_subscribers(tx)) else 0
+    brokers.set_applied_generation(tx, broker_id, generation, applied_at=at)
+    after = brokers.announced_generation(tx) if is_heard else 0
+    if after > before:
+        for device_id in generations.devices_to_disconnect(tx, since=before, upto=after):
+            tenant_id, kind = devices.owner_of(tx, device_id)
+            events.record(tx, tenant_id, EventType.BROKER_ENFORCED, device_id, at=at, kind=kind, generation=after)
 
 
 # --- What is shown of a device ---------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ class Groups:
         failpoint("groups.after_commit")
         if not generation:
             return changed
-        outcome = self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
+        outcome = self._reconciler.apply_everywhere(generation)  # taking topics away is a revocation: it does not lag
         self._reconciler.wait_for_restart()
         enforced = outcome.covers(generation)
         return dataclasses.replace(changed, enforced=enforced, problem=None if enforced else outcome.problem)

@@ -1,4 +1,4 @@
-"""Brings the broker to the newest generation of the database: one reconciliation for all requests that wait."""
+"""Brings this node's broker to the newest generation: one reconciliation for all requests that wait."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +23,7 @@ from core.errors import BrokerUnavailable, LockUnavailable, PortalError, TokenUn
 from core.failpoints import failpoint
 from core.fair_share import give_up_share
 from core.files import FileLock
-from store import devices, generations
+from store import brokers, devices, generations
 from store.database import Database
 from store.generations import BrokerStateRecord
 from store.issuers import CrlRecord
@@ -31,7 +32,7 @@ from workflows import events
 from workflows.access import BrokerTenants, complete_draft
 from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
-from workflows.enforcement import STEPS_FILE, Progress, StepsFile
+from workflows.enforcement import STEPS_FILE, Progress, StepsFile, note_applied
 from workflows.events import EventType
 from workflows.restarts import LEAST_SPACING, BrokerRestarts
 
@@ -42,7 +43,15 @@ log = logging.getLogger("portal.reconciliation")
 INTERVAL_SECONDS = 0.4
 PROBLEM_REPEATED_SECONDS = 60.0
 AFTER_FAILURE_SECONDS = 1.0
+# How often a request looks whether other brokers have reported, where no process tells this one: at first, and later.
+FIRST_LOOK_SECONDS, LOOK_SECONDS = 0.005, 0.1
 MAX_AHEAD = 3  # reconciliations of others, at their longest, that a request waits for before its own
+
+
+def pending_at(names: Sequence[str]) -> str:
+    """Return a sentence that names the brokers which were not seen to enforce something."""
+    shown = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"{shown} {'was' if len(names) == 1 else 'were'} not seen to enforce it yet."
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +109,11 @@ class Reconciler:
         probe_certificates: ProbeCertificates,
         clock: Callable[[], datetime],
         first_tenant: str,
+        broker_id: int,
     ) -> None:
         self._settings = settings
         self._database = database
+        self._broker_id = broker_id
         self._authority = authority
         self._broker = broker
         self._probe_certificates = probe_certificates
@@ -120,6 +131,7 @@ class Reconciler:
         self._woken = threading.Event()
         self._last_problem = ("", 0.0)
         self._announced: set[str] = set()
+        self._heard = threading.Condition()
 
     # --- What others ask for
 
@@ -143,13 +155,13 @@ class Reconciler:
                 number, outcome = self._last
                 if outcome.covers(generation) or number > begun_before:
                     return outcome
-                state = self._state()
-                if state.applied_generation >= generation:
-                    return Outcome(state.applied_generation, state.applied_generation)
+                applied = self.applied_generation()
+                if applied >= generation:
+                    return Outcome(applied, applied)
                 with self._counting:
                     self._begun += 1
                     number = self._begun
-                outcome = self._reconcile(timeout, state.applied_generation)
+                outcome = self._reconcile(timeout, applied)
                 self._last = (number, outcome)
                 return outcome
         except LockUnavailable as error:
@@ -158,6 +170,43 @@ class Reconciler:
                 return Outcome(applied, applied)
             self._log_problem(error.detail, applied, applied)
             return Outcome(applied, applied, error.detail)
+
+    def apply_everywhere(self, generation: int, *, timeout: float | None = None) -> Outcome:
+        """Return once every broker that counts enforces ``generation``, or once that has failed or takes too long.
+
+        As ``apply``; then the outcome names those that were not seen to enforce it.
+        """
+        deadline = time.monotonic() + (self._settings.enforce_timeout if timeout is None else timeout)
+        outcome = self.apply(generation, timeout=timeout)
+        pause = FIRST_LOOK_SECONDS
+        while outcome.covers(generation):
+            with self._heard:
+                # Read anew: a broker may have come back since the last reconciliation.
+                if not (behind := self._behind(generation)):
+                    return outcome
+                if (left := deadline - time.monotonic()) <= 0:
+                    return self._pending_elsewhere(outcome, pending_at(behind))
+                self._heard.wait(min(pause, left))
+            pause = min(2 * pause, LOOK_SECONDS)
+        return outcome
+
+    def heard_of_another(self) -> None:
+        """Have those look again who wait for other brokers, of which one has reported."""
+        with self._heard:
+            self._heard.notify_all()
+
+    def _behind(self, generation: int) -> Sequence[str]:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            return brokers.behind(tx, generation)
+
+    def _pending_elsewhere(self, outcome: Outcome, problem: str) -> Outcome:
+        """Return what is true of all brokers, after an event for each device that not all keep out yet."""
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            applied = generations.get_broker_state(tx).applied_generation
+            is_heard = events.has_subscribers(tx)
+            denied = generations.devices_to_disconnect(tx, since=applied) if is_heard else ()
+        self._announce_pending(applied, denied, problem)
+        return replace(outcome, enforced=min(applied, outcome.enforced), problem=problem)
 
     def _is_failing(self) -> bool:
         """Return whether the last reconciliation failed, and none has succeeded since, in any process.
@@ -242,7 +291,7 @@ class Reconciler:
 
     def applied_generation(self) -> int:
         """Return the newest generation that the broker was seen to enforce, by any process."""
-        return self._state().applied_generation
+        return self._own_state().applied_generation
 
     def damage(self) -> list[str]:
         """Return what is wrong with the broker's files, a sentence each; checked again if they may be being written."""
@@ -286,7 +335,7 @@ class Reconciler:
                 if stopping.wait(interval - quiet):
                     return
                 started = time.monotonic()
-                state = self._state()
+                state = self._own_state()
                 if state.applied_generation < state.generation:
                     self.apply(state.generation, timeout=self._settings.enforce_timeout)
                 self.restart_if_due()
@@ -301,16 +350,16 @@ class Reconciler:
 
     def _seconds_since_last(self) -> float:
         """Return how long ago the broker was last seen to obey, by any process."""
-        applied_at = self._state().applied_at
+        applied_at = self._own_state().applied_at
         return math.inf if applied_at is None else max(0.0, (self._clock() - applied_at).total_seconds())
 
     def _active_devices(self) -> int:
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             return devices.count_active(tx)
 
-    def _state(self) -> BrokerStateRecord:
+    def _own_state(self) -> BrokerStateRecord:
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            return generations.get_broker_state(tx)
+            return brokers.own_state(tx, self._broker_id)
 
     def _reconcile(self, timeout: float, enforced: int) -> Outcome:
         started = time.monotonic()
@@ -323,7 +372,8 @@ class Reconciler:
             if progress.steps is not None:
                 progress.steps.failed(error.detail)
             if progress.target is not None:
-                self._announce_pending(progress.target, error.detail)
+                target = progress.target
+                self._announce_pending(target.state.applied_generation, target.disconnected, error.detail)
             return Outcome(progress.installed, progress.enforced, error.detail)
         except Exception:
             metrics.counts.passes.labels("failed").inc()
@@ -351,10 +401,7 @@ class Reconciler:
         self._broker.bring_into_force(changes, self._probe_certificates, deadline, steps.proven, has_crls=has_crls)
         # If a power cut takes this record back, the same is proven again.
         with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
-            now = self._clock()
-            generations.set_applied_generation(tx, generation, applied_at=now)
-            for device_id in target.disconnected:
-                self._record(tx, EventType.BROKER_ENFORCED, device_id, at=now, generation=generation)
+            note_applied(tx, self._broker_id, generation, at=self._clock())
             failpoint("apply.before_recorded")
         failpoint("apply.after_recorded")
         steps.proven(Step.ENFORCED)
@@ -376,13 +423,15 @@ class Reconciler:
             "the broker does not enforce the newest generation yet",
             extra={"generation": installed, "enforced": enforced, "problem": problem},
         )
+        with suppress(PortalError), self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+            brokers.set_problem(tx, self._broker_id, problem, at=self._clock())
 
-    def _announce_pending(self, target: _Target, problem: str) -> None:
-        """Record an event, once for each device that the broker was not seen to disconnect yet."""
-        new = [device_id for device_id in target.disconnected if device_id not in self._announced]
+    def _announce_pending(self, applied: int, disconnected: Sequence[str], problem: str) -> None:
+        """Record an event, once for each device that a broker was not seen to disconnect yet."""
+        new = [device_id for device_id in disconnected if device_id not in self._announced]
         if not new or not events.has_subscribers(self._database.engine):
             return
-        since = f"since {target.state.applied_generation}"  # the same in every process while this lasts
+        since = f"since {applied}"  # the same in every process while this lasts
         try:
             with self._database.transaction(sees=ALL_TENANTS) as tx:
                 for device_id in new:
@@ -403,7 +452,7 @@ class Reconciler:
         in_doubt = self._broker.accepted_revoked() or bool(self._broker.files.damage())
         try:
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
-                state = generations.get_broker_state(tx)
+                state = brokers.own_state(tx, self._broker_id)
                 draft = self._broker.draft(state.applied_generation)
                 issuers = self._authority.seen_by(tx)
                 known = BrokerTenants(tx)

@@ -213,7 +213,7 @@ class Registrations:
             generation = update.write(changes, device_id)
             changes.end()
         if generation:
-            self._reconciler.apply(generation)  # taking topics away is a revocation: it does not lag
+            self._reconciler.apply_everywhere(generation)  # taking topics away is a revocation: it does not lag
             self._reconciler.wait_for_restart()
 
     def update_many(
@@ -235,7 +235,7 @@ class Registrations:
         )
         outcome = None
         if newest := max(written.values(), default=0):
-            outcome = self._reconciler.apply(newest)
+            outcome = self._reconciler.apply_everywhere(newest)
             self._reconciler.wait_for_restart()
         for device_id in device_ids:
             if device_id in refused:

@@ -131,7 +131,7 @@ class Renewals:
                 done[device_id] = ActionRefused(device_id, error)
         ended = {one for one, answer in done.items() if isinstance(answer, Renewed) and answer.ended}
         if newest := max((generations[one] for one in ended), default=0):
-            outcome = self._reconciler.apply(newest)
+            outcome = self._reconciler.apply_everywhere(newest)
             for device_id in ended:
                 answer = done[device_id]
                 if isinstance(answer, Renewed) and not outcome.covers(generations[device_id]):
@@ -354,7 +354,7 @@ class Renewals:
         return len(undone) + len(over)
 
     def _ended(self, device_id: str, generation: int) -> str | None:
-        outcome = self._reconciler.apply(generation)
+        outcome = self._reconciler.apply_everywhere(generation)
         if outcome.covers(generation):
             return None
         log.error(

@@ -166,7 +166,7 @@ class DeviceRevocations:
         """Have the broker obey; return the answers, which say whether it was seen to, or else the problem."""
         if not written:
             return []
-        outcome = self._reconciler.apply(max(item.generation for item in written))
+        outcome = self._reconciler.apply_everywhere(max(item.generation for item in written))
         answers = []
         for item in written:
             enforced = outcome.covers(item.generation)

@@ -247,7 +247,7 @@ class Tenants:
     def applied(self, record: TenantRecord, generation: int) -> TenantState:
         """Let this process and the broker know of a change; says whether the broker was seen to obey."""
         self._directory.refresh()
-        outcome = self._reconciler.apply(generation)
+        outcome = self._reconciler.apply_everywhere(generation)
         enforced = outcome.covers(generation)
         if not enforced:
             detail = {"tenant": record.id, "problem": outcome.problem}

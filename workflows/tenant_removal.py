@@ -174,7 +174,7 @@ class TenantRemovals:
         self._broker.begin_again()
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             generation = db.next_generation(tx, at=self._clock())
-        return self._reconciler.apply(generation).covers(generation) and not self._broker.begins_again
+        return self._reconciler.apply_everywhere(generation).covers(generation) and not self._broker.begins_again
 
     def _destroy_keys(self, tenant_id: str) -> None:
         """Destroy the keys of a tenant's CAs and of their OCSP responders."""

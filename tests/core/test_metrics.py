@@ -21,7 +21,7 @@ from app import ROUTES, portal_of
 from core import metrics
 from core.roles import Role
 from operations import authority
-from store import generations
+from store import brokers, generations
 from store.tables import METADATA
 from tests.support.exposition import Samples, samples_of, total_of, value_of
 from tests.support.harness import PER_DEVICE, Api, Clock, api_as, csr_pem
@@ -80,7 +80,7 @@ def test_how_long_the_broker_has_lagged_behind_is_reported(api: Api, app: Flask,
     portal = portal_of(app)
     with portal.database.transaction() as tx:
         newest = generations.get_broker_state(tx).generation
-        generations.set_applied_generation(tx, newest, applied_at=clock())
+        brokers.set_applied_generation(tx, 1, newest, applied_at=clock())
     assert value_of(scrape(api), "portal_generation_pending_seconds") == 0
     api.register()
     clock.advance(minutes=5)
@@ -89,11 +89,11 @@ def test_how_long_the_broker_has_lagged_behind_is_reported(api: Api, app: Flask,
     assert 300 <= value_of(samples, "portal_generation_pending_seconds") < 330
     assert value_of(samples, "portal_generation") - value_of(samples, "portal_generation_enforced") == 2
     with portal.database.transaction() as tx:
-        generations.set_applied_generation(tx, newest + 1, applied_at=clock())
+        brokers.set_applied_generation(tx, 1, newest + 1, applied_at=clock())
     clock.advance(minutes=1)
     assert 60 <= value_of(scrape(api), "portal_generation_pending_seconds") < 90
     with portal.database.transaction() as tx:
-        generations.set_applied_generation(tx, newest + 2, applied_at=clock())
+        brokers.set_applied_generation(tx, 1, newest + 2, applied_at=clock())
     assert value_of(scrape(api), "portal_generation_pending_seconds") == 0
 
 

@@ -88,7 +88,7 @@ def test_after_a_rollover_both_are_trusted_and_the_new_one_issues(portal: Portal
     assert {"ca:create", "ca:issue"} <= actions
 
 
-STEPS = ("apply", "renew", "move_to", "renew_certificates")
+STEPS = ("apply_everywhere", "renew", "move_to", "renew_certificates")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -99,7 +99,7 @@ def test_a_rollover_that_was_cut_off_is_gone_on_with(
         raise KeyboardInterrupt
 
     places = {
-        "apply": portal.reconciler,
+        "apply_everywhere": portal.reconciler,
         "renew": portal.responder.certificates,
         "move_to": rollover,
         "renew_certificates": operations_authority,

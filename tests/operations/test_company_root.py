@@ -244,7 +244,7 @@ def test_nothing_lives_longer_than_the_cas_above(portal: Portal) -> None:
 
 # --- Cut off, repeated, refused ---------------------------------------------------------------------------------------
 
-STEPS = ("apply", "renew", "move_to", "renew_certificates")
+STEPS = ("apply_everywhere", "renew", "move_to", "renew_certificates")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -256,7 +256,7 @@ def test_an_installation_that_was_cut_off_is_continued(
 
     chain = signed(requested(portal))
     places = {
-        "apply": portal.reconciler,
+        "apply_everywhere": portal.reconciler,
         "renew": portal.responder.certificates,
         "move_to": rollover,
         "renew_certificates": authority,

@@ -28,8 +28,9 @@ from operations import authority, jobs
 from operations.jobs import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal, open_portal
-from store import generations, issuers
+from store import brokers, issuers
 from store.tables import Delivery, IdempotencyKey
+from tests.support.brokers import enforce_all
 from tests.support.harness import ON_SQLITE, Clock
 from tests.support.pki import Pki
 from tests.workflows.test_events import recorded, subscribe
@@ -336,7 +337,7 @@ def test_a_failed_probe_shows_at_once_with_its_reason_until_another_one_passes(
     monkeypatch.setattr(Reconciler, "broker_answers", lambda _: True)
     monkeypatch.setattr(BrokerProvisioning, "reachable", lambda _: True)
     with portal.database.transaction() as tx:
-        tx.exec_driver_sql("UPDATE broker_state SET applied_generation = generation")
+        enforce_all(tx)
     another = open_portal(portal.settings, clock)  # as another process sees it
 
     def problem() -> str | None:
@@ -420,7 +421,7 @@ class Shown:
         """The broker was told something, and obeys."""
         with self.portal.database.transaction() as tx:
             generation = db.next_generation(tx, at=self.portal.clock())
-            generations.set_applied_generation(tx, generation, applied_at=self.portal.clock())
+            brokers.set_applied_generation(tx, 1, generation, applied_at=self.portal.clock())
 
     def probe(self, certificate: bytes | None, *, fails: bool = False) -> int:
         """Run the job; return how often the broker was restarted so far."""

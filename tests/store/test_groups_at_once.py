@@ -14,9 +14,9 @@ from flask import Flask
 from app import portal_of
 from core.roles import Role
 from store import groups
+from tests.support.brokers import obeys
 from tests.support.harness import ON_POSTGRESQL, Api, api_as
 from workflows import groups as use_cases
-from workflows.reconciliation import Outcome
 
 pytestmark = ON_POSTGRESQL
 PUMP = {"name": "pump-9", "type": "pump", "location": "hall 1", "firmware": "1.0"}
@@ -70,7 +70,7 @@ def test_a_group_that_sets_topics_while_a_device_is_made_in_it_and_another_leave
 
 
 def _obey(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portal_of(app).reconciler, "apply", lambda generation: Outcome(generation, generation))
+    obeys(portal_of(app), monkeypatch)
 
 
 def _meet(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> None:

@@ -12,8 +12,9 @@ from core.states import Approval, RepeatedSerial
 from operations.wiring import Portal
 from pki.csr import read_csr
 from pki.est import read_enrolment_request
-from store import generations
+from store import brokers, generations
 from store.enrolment import EnrolmentProfile
+from tests.support.brokers import obeys
 from tests.support.est import csr_der
 from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, csr_pem
 from tests.workflows.test_admission import OPERATOR, Rows, request_of
@@ -34,15 +35,8 @@ def generation(portal: Portal) -> int:
 @pytest.fixture
 def asked(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The generations that were asked of a broker that obeys at once; ``wake`` asks for the newest one."""
-    found: list[int] = []
-
-    def apply(wanted: int, *, timeout: float | None = None) -> Outcome:
-        assert timeout is None
-        found.append(wanted)
-        return Outcome(wanted, wanted)
-
+    found = obeys(portal, monkeypatch)
     monkeypatch.setattr(portal.reconciler, "wake", lambda: found.append(generation(portal)))
-    monkeypatch.setattr(portal.reconciler, "apply", apply)
     return found
 
 
@@ -175,7 +169,7 @@ def test_requests_give_up_early_only_until_the_broker_has_obeyed_again(
     portal.reconciler.apply(newest)
     portal.reconciler.apply(newest)
     with portal.database.transaction() as tx:  # as the jobs do, in whichever process
-        generations.set_applied_generation(tx, newest, applied_at=portal.clock())
+        brokers.set_applied_generation(tx, 1, newest, applied_at=portal.clock())
         newest = db.next_generation(tx, at=portal.clock())
     portal.reconciler.apply(newest)
     whole = portal.settings.enforce_timeout

@@ -27,8 +27,9 @@ from operations.doctor.doctor import examine, exit_status
 from operations.doctor.mosquitto import bridge_warnings, mistakes, read_configuration, size_warnings, version_of
 from operations.wiring import Portal, prepare
 from pki.profiles import CertificateProfile
-from store import generations, tenants
+from store import tenants
 from store.tables import Certificate, Delivery
+from tests.support.brokers import enforce_all
 from tests.support.harness import Clock, as_owner, settings_for
 from tests.support.mosquitto import BESIDE, CONFIGURATION, INSTALLED_FOLDER, INSTALLED_PORT, without_guard
 from tests.support.tenants import add_tenant
@@ -368,8 +369,7 @@ def test_a_pending_generation_is_a_problem_until_the_broker_was_seen_to_enforce_
     assert finding.state is State.PROBLEM
     assert "not in force" in finding.detail
     with portal.database.transaction() as tx:
-        state = generations.get_broker_state(tx)
-        generations.set_applied_generation(tx, state.generation, applied_at=portal.clock())
+        enforce_all(tx)
     assert examined(portal, "generation")["generation"].state is State.OK
 
 

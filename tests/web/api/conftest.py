@@ -6,17 +6,10 @@ import pytest
 from flask import Flask
 
 from app import portal_of
-from workflows.reconciliation import Outcome
+from tests.support.brokers import obeys
 
 
 @pytest.fixture
 def generations(app: Flask, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The generations that the broker was asked to reach; it obeys at once."""
-    asked: list[int] = []
-
-    def apply(generation: int) -> Outcome:
-        asked.append(generation)
-        return Outcome(generation, generation)
-
-    monkeypatch.setattr(portal_of(app).reconciler, "apply", apply)
-    return asked
+    return obeys(portal_of(app), monkeypatch)

@@ -12,10 +12,10 @@ from flask import Flask
 from app import portal_of
 from core.roles import Role
 from store import groups
+from tests.support.brokers import obeys
 from tests.support.harness import Api, api_as, csr_pem, problem_of
 from tests.support.pki import PEM, Authority
 from workflows import memberships
-from workflows.reconciliation import Outcome
 
 NEWS = [{"filter": "devices/{id}/#", "access": "readwrite"}, {"filter": "devices/news", "access": "read"}]
 OTHER = [{"filter": "devices/{id}/#", "access": "readwrite"}, {"filter": "devices/other", "access": "write"}]
@@ -27,7 +27,7 @@ WAYS = ("/register", "/devices", "ndjson", "csv")
 @pytest.fixture(autouse=True)
 def obeying(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker obeys at once."""
-    monkeypatch.setattr(portal_of(app).reconciler, "apply", lambda generation: Outcome(generation, generation))
+    obeys(portal_of(app), monkeypatch)
 
 
 def uploaded(api: Api, text: str, kind: str = "application/x-ndjson", query: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from core.errors import DatabaseUnavailable
 from core.roles import Role
 from operations.monitoring import Readiness
 from store.database import Database
+from tests.support.brokers import enforce_all
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
 from web.api.operation import FOR_OPERATORS
 from workflows.reconciliation import Reconciler
@@ -67,7 +68,7 @@ def test_readyz_is_ready_if_all_checks_pass(auditor: Api, app: Flask, monkeypatc
     monkeypatch.setattr(Reconciler, "broker_answers", lambda _: True)
     assert "generation" in problems_of(auditor)["broker"]
     with portal.database.transaction() as tx:
-        tx.exec_driver_sql("UPDATE broker_state SET applied_generation = generation")
+        enforce_all(tx)
     assert problems_of(auditor) == {}
 
 

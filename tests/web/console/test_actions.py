@@ -14,12 +14,12 @@ from werkzeug.datastructures import MultiDict
 
 from app import portal_of
 from core.roles import Role
+from tests.support.brokers import obeys
 from tests.support.browser import Browser, logged_in_as, text_of
 from tests.support.harness import ON_SQLITE, Api
 from tests.support.tenants import add_tenant
 from tests.web.console.test_fleet import STORED
 from web.console import actions
-from workflows.reconciliation import Outcome
 
 pytestmark = ON_SQLITE
 PATH = "/ui/devices/actions"
@@ -29,7 +29,7 @@ SENT = re.compile(r'<input type="hidden" name="(\w+)" value="([^"]*)">')
 
 @pytest.fixture(autouse=True)
 def _broker_obeys(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portal_of(app).reconciler, "apply", lambda generation: Outcome(generation, generation))
+    obeys(portal_of(app), monkeypatch)
 
 
 def status_of(api: Api, device_id: str) -> str:

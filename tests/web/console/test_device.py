@@ -14,7 +14,7 @@ from markupsafe import escape
 from app import portal_of
 from broker.control import Step
 from core.roles import Role
-from store.generations import set_applied_generation
+from store.brokers import set_applied_generation
 from store.tables import Token
 from tests.support.browser import Browser, logged_in_as, text_of
 from tests.support.harness import ON_SQLITE, Api
@@ -54,7 +54,7 @@ def obeys(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
         generation = progress.enforced = target.state.generation  # type: ignore[attr-defined]
         steps = Progress(reconciler.steps, target.state.applied_generation, generation, portal.clock())
         with portal.database.transaction() as tx:
-            set_applied_generation(tx, generation, applied_at=portal.clock())
+            set_applied_generation(tx, 1, generation, applied_at=portal.clock())
         steps.proven(*Step)
         target.draft.discard()
 

@@ -14,13 +14,13 @@ from markupsafe import escape
 
 from app import portal_of
 from core.roles import Role
+from tests.support.brokers import obeys
 from tests.support.browser import Browser, logged_in_as, text_of
 from tests.support.harness import ON_SQLITE, Api
 from tests.support.tenants import add_tenant
 from tests.web.console.test_actions import PATH, SUMS, confirm, preview, registered, send, status_of
 from tests.web.console.test_fleet import STORED
 from web.console import actions
-from workflows.reconciliation import Outcome
 
 pytestmark = ON_SQLITE
 PASSWORD = re.compile(r'<code class="copy" data-copy="([^"]+)">')
@@ -29,9 +29,8 @@ LINK = re.compile(r'data-copy="(https://[^"]+)"')
 
 @pytest.fixture(autouse=True)
 def _broker_obeys(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
-    reconciler = portal_of(app).reconciler
-    monkeypatch.setattr(reconciler, "apply", lambda generation: Outcome(generation, generation))
-    monkeypatch.setattr(reconciler, "wait_for_restart", lambda: None)
+    obeys(portal_of(app), monkeypatch)
+    monkeypatch.setattr(portal_of(app).reconciler, "wait_for_restart", lambda: None)
 
 
 def changed(browser: Browser, page: str, **fields: str) -> str:

@@ -19,6 +19,7 @@ from pki.est import read_enrolment_request
 from store import issuers, mail
 from store.enrolment import EnrolmentProfile
 from store.tables import Device, IssuerRow, Tenant
+from tests.support.brokers import enforce_all
 from tests.support.est import csr_der
 from tests.support.harness import Clock
 from tests.support.mail_server import MailServer, mail_server
@@ -39,7 +40,7 @@ def server(tmp_path: Path) -> Iterator[MailServer]:
 def portal(make_settings: Callable[..., Settings], clock: Clock, server: MailServer) -> Iterator[Portal]:
     built = open_portal(make_settings(**server.environment()), clock)
     with built.database.transaction() as tx:  # what the start has left for a broker to do
-        tx.execute(sa.text("UPDATE broker_state SET applied_generation = generation, pending_since = NULL"))
+        enforce_all(tx)
     yield built
     built.close()
 
@@ -186,7 +187,7 @@ def test_a_revocation_that_stays_pending_is_told_once_each_time(people: People, 
     clock.advance(hours=1)
     assert people() == []
     with portal.database.transaction() as tx:
-        tx.execute(sa.text("UPDATE broker_state SET applied_generation = generation, pending_since = NULL"))
+        enforce_all(tx)
     assert people() == []
     pending()
     clock.advance(minutes=6)
