@@ -70,13 +70,13 @@ Timestamp = Annotated[
 class RequestModel(BaseModel):
     """The body or the query of a request: unknown fields are refused, nothing is converted silently."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, defer_build=True)
 
 
 class AnswerModel(BaseModel):
     """The body of an answer, or a part of it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
     omit_none: ClassVar[bool] = False  # whether fields that are null are left out of the answer
 
     @classmethod

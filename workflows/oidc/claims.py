@@ -11,14 +11,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from joserfc import jws
-from joserfc.errors import JoseError
-from joserfc.jws import JWSRegistry
-
-from workflows.oidc.keys import KINDS, PublicKey
+from workflows.oidc.keys import KINDS
 from workflows.oidc.refusals import IdTokenRefused
+
+if TYPE_CHECKING:
+    from workflows.oidc import jose
 
 MAX_TOKEN = 16 * 1024  # characters
 MAX_SUBJECT = 255  # OpenID Connect Core 1.0 §2
@@ -27,7 +26,7 @@ MAX_AGE_SECONDS = 600  # since the token was issued: a login is not put off
 _OF_ACCESS_TOKENS = ("scope", "scp", "client_id")  # RFC 9068 §2.2, and what providers called it before
 _OF_LOGOUT_TOKENS = "events"  # OpenID Connect Back-Channel Logout 1.0 §2.4
 
-FindKey = Callable[[str, str | None], PublicKey | None]
+FindKey = Callable[[str, "str | None"], "jose.PublicKey | None"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +52,15 @@ def verified(text: str, find_key: FindKey, expected: Expected, now: datetime) ->
 
     Reasons name what is wrong with the token, never what is in it.
     """
+    from workflows.oidc import jose
+
     token = _read(text)
     header = token.headers()
     algorithm, key_id = _algorithm(header), _key_id(header)
     key = find_key(algorithm, key_id)
     if key is None:
         raise IdTokenRefused("The ID token is signed with a key that the identity provider does not list.")
-    try:
-        valid = jws.validate_compact(token, key, registry=_REGISTRY)
-    except (JoseError, ValueError):
-        valid = False
-    if not valid:
+    if not jose.is_valid(token, key):
         raise IdTokenRefused("The signature of the ID token is wrong.")
     claims = _claims(token.payload)
     _check_kind(header, claims, expected)
@@ -74,27 +71,13 @@ def verified(text: str, find_key: FindKey, expected: Expected, now: datetime) ->
     return IdToken(_subject(claims), claims, digest)
 
 
-class _Registry(JWSRegistry):
-    """The accepted algorithms alone; ``EdDSA`` is Ed25519, of which joserfc warns by its older name."""
+def _read(text: str) -> jose.Signed:
+    from workflows.oidc import jose
 
-    max_header_length = 4096
-
-    def get_alg(self, name: str) -> Any:
-        """Return the algorithm, of those that have been checked before."""
-        return self.algorithms["Ed25519" if name == "EdDSA" else name]
-
-
-# Further parameters of a header are ignored (RFC 7515 §4), but those that are critical.
-_REGISTRY = _Registry(algorithms=[*KINDS], strict_check_header=False)
-
-
-def _read(text: str) -> jws.CompactSignature:
-    if len(text) > MAX_TOKEN or not text.isascii() or text.count(".") != 2:
+    token = jose.read_signed(text) if len(text) <= MAX_TOKEN and text.isascii() and text.count(".") == 2 else None
+    if token is None:
         raise IdTokenRefused("The ID token is not a signed JWT.")
-    try:
-        return jws.extract_compact(text.encode(), registry=_REGISTRY)
-    except (JoseError, ValueError, TypeError, AttributeError, RecursionError):
-        raise IdTokenRefused("The ID token is not a signed JWT.") from None
+    return token
 
 
 def _algorithm(header: Mapping[str, Any]) -> str:

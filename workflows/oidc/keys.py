@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from joserfc.errors import JoseError
-from joserfc.jwk import ECKey, OKPKey, RSAKey
+if TYPE_CHECKING:
+    from workflows.oidc.jose import PublicKey
 
 # By the algorithm (RFC 7518 §3.1, RFC 8037 §3.1): what the key must be, and the parameters that make it.
 KINDS: Mapping[str, tuple[str, str | None, tuple[str, ...]]] = {
@@ -18,8 +18,6 @@ KINDS: Mapping[str, tuple[str, str | None, tuple[str, ...]]] = {
 MAX_KEYS = 100
 # Of the modulus in Base64url: 2,048 to 8,192 bits; and of the exponent, 32 bits.
 MIN_MODULUS, MAX_MODULUS, MAX_EXPONENT = 342, 1366, 6
-
-PublicKey = RSAKey | ECKey | OKPKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,8 @@ def choose_key(keys: Sequence[VerificationKey], algorithm: str, key_id: str | No
 
 
 def _read(jwk: Mapping[str, Any]) -> VerificationKey | None:
+    from workflows.oidc.jose import import_key
+
     found = [name for name, (kty, crv, _) in KINDS.items() if jwk.get("kty") == kty and crv in (None, jwk.get("crv"))]
     if not found:
         return None
@@ -58,10 +58,8 @@ def _read(jwk: Mapping[str, Any]) -> VerificationKey | None:
         return None
     if not isinstance(key_id, str | None) or (kind == "RSA" and not _is_strong(values["n"], values["e"])):
         return None
-    try:
-        return VerificationKey(algorithm, key_id, _IMPORT[kind]({"kty": kind, **values}))
-    except (JoseError, ValueError, TypeError):
-        return None
+    key = import_key(kind, values)
+    return None if key is None else VerificationKey(algorithm, key_id, key)
 
 
 def _listed(value: object) -> Sequence[object]:
@@ -70,10 +68,3 @@ def _listed(value: object) -> Sequence[object]:
 
 def _is_strong(modulus: str, exponent: str) -> bool:
     return MIN_MODULUS <= len(modulus) <= MAX_MODULUS and 0 < len(exponent) <= MAX_EXPONENT
-
-
-_IMPORT: Mapping[str, Callable[[dict[str, str | list[str]]], PublicKey]] = {
-    "RSA": RSAKey.import_key,
-    "EC": ECKey.import_key,
-    "OKP": OKPKey.import_key,
-}

@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from config import Settings
 from core.errors import SettingInvalid
-from workflows.oidc.keys import PublicKey, VerificationKey, choose_key, read_keys
+from workflows.oidc.keys import VerificationKey, choose_key, read_keys
 from workflows.oidc.refusals import IdTokenRefused, LoginRefused, ProviderUnavailable
 from workflows.oidc.transport import Transport, is_https
+
+if TYPE_CHECKING:
+    from workflows.oidc.jose import PublicKey
 
 log = logging.getLogger("portal.login")
 

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlencode, urlsplit
 
-from urllib3.connection import HTTPSConnection
-from urllib3.exceptions import HTTPError
-
 from core.connections import cut_off_after
 from core.errors import StartupError
 from workflows.oidc.refusals import ProviderUnavailable
@@ -60,6 +57,8 @@ class Transport:
         return self._request("POST", url, urlencode(fields).encode(), {"Content-Type": FORM, **headers})
 
     def _request(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
+        from urllib3.exceptions import HTTPError  # loaded by those portals alone that have a provider
+
         try:
             status, media_type, content = self._exchange(method, url, body, headers)
         except TimeoutError:
@@ -79,6 +78,8 @@ class Transport:
     def _exchange(
         self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]
     ) -> tuple[int, str, bytes]:
+        from urllib3.connection import HTTPSConnection
+
         parts = urlsplit(url)
         connection = HTTPSConnection(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS, ssl_context=self._tls)
         with closing(connection), cut_off_after(TOTAL_SECONDS, lambda: connection.sock):

@@ -17,16 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 
 from core.connections import cut_off_after
 from core.errors import InputInvalid, StartupError, Unavailable
 from workflows.webhooks.addresses import Address, Network, SendFailed, Target, read_url, resolve
+
+# urllib3 is imported where an event is sent: most portals have no webhook, and every start would load it.
+if TYPE_CHECKING:
+    from urllib3.connection import HTTPConnection
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - lets secret scanners find one that leaked; no secret itself
 SECRET_BYTES = 32
@@ -168,6 +170,8 @@ class Sender:
         }
 
     def _post(self, target: Target, addresses: Sequence[Address], headers: dict[str, str], body: bytes) -> int:
+        from urllib3.exceptions import HTTPError
+
         deadline = time.monotonic() + TOTAL_SECONDS
         connection = self._connect(target, addresses)
         connection.timeout = TOTAL_SECONDS
@@ -190,6 +194,8 @@ class Sender:
 
     def _connect(self, target: Target, addresses: Sequence[Address]) -> HTTPConnection:
         """Connect to the first address that answers; TLS verifies the certificate for the host's name."""
+        from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
+
         until = time.monotonic() + CONNECT_SECONDS
         reason = "timeout"
         for address in addresses:
@@ -213,6 +219,8 @@ class Sender:
         raise SendFailed(f"There was no connection to {target.host} within {CONNECT_SECONDS:g} seconds ({reason}).")
 
     def _connection(self, target: Target, address: Address, seconds: float) -> HTTPConnection:
+        from urllib3.connection import HTTPConnection, HTTPSConnection
+
         connection = (
             HTTPSConnection(
                 str(address), target.port, timeout=seconds, ssl_context=self._tls, server_hostname=target.host
