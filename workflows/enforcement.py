@@ -26,6 +26,7 @@ from core.states import DeviceStatus
 from store import audit, brokers, devices, generations
 from store.database import Database
 from store.devices import DeviceRecord
+from store.scope import ALL_TENANTS
 from workflows import events
 from workflows.events import EventType
 
@@ -154,19 +155,25 @@ def note_applied(tx: Connection, broker_id: int, generation: int, *, at: datetim
 # --- What is shown of a device ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Enforcement:
-    """How far the newest state of a device that is revoked or suspended has taken hold.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakingHold:
+    """How far a change has taken hold.
 
-    ``recorded_at`` is when that was recorded. ``proven`` has the time of each step that was seen, as far as it is still
+    ``recorded_at`` is when it was recorded. ``proven`` has the time of each step that was seen, as far as it is still
     known; ``is_enforced`` is certain. ``problem`` is why it is not, if a reconciliation has failed.
     """
 
-    device: DeviceRecord
     recorded_at: datetime
     proven: Mapping[Step, datetime]
     is_enforced: bool
     problem: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enforcement(TakingHold):
+    """How far the newest state of a device that is revoked or suspended has taken hold."""
+
+    device: DeviceRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +197,30 @@ class Enforcements:
         is_enforced = device.generation <= state.applied_generation
         if newest is None or _CHANGES.get(newest.action) is not device.status:  # its topics have changed since
             recorded = device.revoked_at or device.updated_at
-            return Enforcement(device, recorded, {}, is_enforced, None if is_enforced else self._problem(()))
+            problem = None if is_enforced else self._problem(())
+            return Enforcement(device=device, recorded_at=recorded, proven={}, is_enforced=is_enforced, problem=problem)
         attempts = [one for one in self._file.read(device.generation) if one.at >= newest.at]
+        found = self._taking_hold(newest.at, attempts, is_enforced=is_enforced)
+        return Enforcement(
+            device=device,
+            recorded_at=newest.at,
+            proven=found.proven,
+            is_enforced=is_enforced,
+            problem=found.problem,
+        )
+
+    def applied_generation(self) -> int:
+        """Return the newest generation that the broker was seen to enforce."""
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            return generations.get_broker_state(tx).applied_generation
+
+    def of_generation(self, generation: int, now: datetime) -> TakingHold:
+        """Return how far all changes up to a generation have taken hold; as recorded counts when it was first tried."""
+        is_enforced = generation <= self.applied_generation()
+        attempts = self._file.read(generation)
+        return self._taking_hold(attempts[0].at if attempts else now, attempts, is_enforced=is_enforced)
+
+    def _taking_hold(self, recorded_at: datetime, attempts: Sequence[Attempt], *, is_enforced: bool) -> TakingHold:
         proven: dict[Step, datetime] = {}
         for attempt in attempts:
             for step, at in attempt.proven.items():
@@ -199,7 +228,7 @@ class Enforcements:
         if not is_enforced:  # what is recorded has the last word
             proven.pop(Step.ENFORCED, None)
         problem = None if is_enforced else self._problem(attempts)
-        return Enforcement(device, newest.at, proven, is_enforced, problem)
+        return TakingHold(recorded_at=recorded_at, proven=proven, is_enforced=is_enforced, problem=problem)
 
     def _problem(self, attempts: Sequence[Attempt]) -> str | None:
         if attempts and attempts[-1].problem:

@@ -34,6 +34,7 @@ from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
 from workflows.enforcement import STEPS_FILE, Progress, StepsFile, note_applied
 from workflows.events import EventType
+from workflows.prompt import Outcome, PromptAnswers
 from workflows.restarts import LEAST_SPACING, BrokerRestarts
 
 log = logging.getLogger("portal.reconciliation")
@@ -52,19 +53,6 @@ def pending_at(names: Sequence[str]) -> str:
     """Return a sentence that names the brokers which were not seen to enforce something."""
     shown = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
     return f"{shown} {'was' if len(names) == 1 else 'were'} not seen to enforce it yet."
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a reconciliation ended: the generation in the broker's files, and the one it was seen to enforce."""
-
-    installed: int
-    enforced: int
-    problem: str | None = None
-
-    def covers(self, generation: int) -> bool:
-        """Return whether the broker enforces ``generation``."""
-        return self.enforced >= generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +120,7 @@ class Reconciler:
         self._last_problem = ("", 0.0)
         self._announced: set[str] = set()
         self._heard = threading.Condition()
+        self._prompt = PromptAnswers(lambda generation: self.apply_everywhere(generation))
 
     # --- What others ask for
 
@@ -207,6 +196,13 @@ class Reconciler:
             denied = generations.devices_to_disconnect(tx, since=applied) if is_heard else ()
         self._announce_pending(applied, denied, problem)
         return replace(outcome, enforced=min(applied, outcome.enforced), problem=problem)
+
+    def apply_soon(self, generation: int) -> Outcome:
+        """Have the brokers obey as ``apply_everywhere`` does, and return before that if it takes longer than it should.
+
+        The outcome has no ``problem`` while it is not known whether they obey.
+        """
+        return self._prompt.apply(generation)
 
     def _is_failing(self) -> bool:
         """Return whether the last reconciliation failed, and none has succeeded since, in any process.

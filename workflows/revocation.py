@@ -50,6 +50,7 @@ class Revoked:
     enforced: bool = False
     problem: str | None = None
     repeated: bool = field(default=False, compare=False)  # it was revoked before
+    generation: int = field(default=0, compare=False)  # the one that the broker must enforce
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Suspended:
     enforced: bool = False
     problem: str | None = None
     repeated: bool = field(default=False, compare=False)  # it was so before
+    generation: int = field(default=0, compare=False)  # the one that the broker must enforce
 
 
 _Answer = TypeVar("_Answer", bound=Revoked | Suspended)
@@ -93,14 +95,23 @@ def _alone(
 class DeviceRevocations:
     """Revokes devices and applications, suspends and resumes devices.
 
-    Each answer comes once the broker obeys, or has failed to.
+    Each answer comes once the broker obeys, or has failed to; with ``waits=False`` at most a moment after the change is
+    recorded, and whoever asked watches it take hold (``workflows/enforcement.py``).
     """
 
     _database: Database
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
 
-    def revoke(self, actor: Actor, device_id: str, reason: str, *, kind: ClientKind = ClientKind.DEVICE) -> Revoked:
+    def revoke(
+        self,
+        actor: Actor,
+        device_id: str,
+        reason: str,
+        *,
+        kind: ClientKind = ClientKind.DEVICE,
+        waits: bool = True,
+    ) -> Revoked:
         """Revoke a device or application for good, with its certificates and bundles.
 
         A repeat gives the first time, and the first reason unless the new one is worse. Raises ``DeviceNotFound``,
@@ -111,11 +122,11 @@ class DeviceRevocations:
             lambda tx: _alone(tx, actor, now, lambda changes: _revoke(changes, device_id, reason, kind))
         )
         failpoint("revoke.after_commit")
-        answer = self._enforced([written])[0]
+        answer = self._enforced([written], waits=waits)[0]
         _count(written, answer, started)
         return answer
 
-    def suspend(self, actor: Actor, device_id: str) -> Suspended:
+    def suspend(self, actor: Actor, device_id: str, *, waits: bool = True) -> Suspended:
         """Put a device's certificates on hold and disconnect it, until it is resumed; may be repeated.
 
         Raises ``DeviceNotFound``, and ``StateConflict`` for a device that is revoked or has no certificate yet.
@@ -125,7 +136,7 @@ class DeviceRevocations:
             written = _alone(tx, actor, now, lambda changes: _suspend(changes, device_id))
             failpoint("suspend.before_commit")
         failpoint("suspend.after_commit")
-        return self._enforced([written])[0]
+        return self._enforced([written], waits=waits)[0]
 
     def resume(self, actor: Actor, device_id: str) -> Suspended:
         """Make a suspended device active again, with the certificates that it had; may be repeated.
@@ -142,7 +153,7 @@ class DeviceRevocations:
         return answer
 
     def act(
-        self, actor: Actor, action: Action, device_ids: Sequence[str], reason: str
+        self, actor: Actor, action: Action, device_ids: Sequence[str], reason: str, *, waits: bool = True
     ) -> Iterator[Revoked | Suspended | ActionRefused]:
         """Do the same to many devices, with one reconciliation for all; yield an answer for each, in their order.
 
@@ -153,7 +164,7 @@ class DeviceRevocations:
         written, refused = write_in_batches(
             self._database, actor, now, device_ids, lambda changes, device_id: writer(changes, device_id, reason)
         )
-        answers = dict(zip(written, self._enforced([*written.values()]), strict=True))
+        answers = dict(zip(written, self._enforced([*written.values()], waits=waits), strict=True))
         if action is Action.RESUME:
             self._reconciler.crls.take_off()
         for device_id, answer in answers.items():
@@ -162,18 +173,21 @@ class DeviceRevocations:
         for device_id in device_ids:
             yield refused[device_id] if device_id in refused else answers[device_id]
 
-    def _enforced(self, written: Sequence[_Written[_Answer]]) -> list[_Answer]:
+    def _enforced(self, written: Sequence[_Written[_Answer]], *, waits: bool = True) -> list[_Answer]:
         """Have the broker obey; return the answers, which say whether it was seen to, or else the problem."""
         if not written:
             return []
-        outcome = self._reconciler.apply_everywhere(max(item.generation for item in written))
+        apply = self._reconciler.apply_everywhere if waits else self._reconciler.apply_soon
+        outcome = apply(max(item.generation for item in written))
         answers = []
         for item in written:
             enforced = outcome.covers(item.generation)
             problem = None if enforced else outcome.problem
             repeated = item.repeated
-            answers.append(dataclasses.replace(item.answer, enforced=enforced, problem=problem, repeated=repeated))
-        if pending := [answer.device_id for answer in answers if not answer.enforced]:
+            answer = dataclasses.replace(item.answer, enforced=enforced, problem=problem, repeated=repeated)
+            answers.append(dataclasses.replace(answer, generation=item.generation))
+        pending = [answer.device_id for answer in answers if not answer.enforced]
+        if pending and outcome.problem is not None:
             log.error(
                 "the broker does not enforce the new status of devices yet",
                 extra={"device_id": pending[0], "devices": len(pending), "problem": outcome.problem},

@@ -215,21 +215,23 @@ class Tenants:
         self._directory.refresh()
         return self.whole(changed)
 
-    def suspend(self, actor: Actor, name: str) -> TenantState:
+    def suspend(self, actor: Actor, name: str, *, waits: bool = True) -> TenantState:
         """Serve nobody of a tenant until it is resumed, and have the broker refuse its devices; may be repeated.
+
+        With ``waits=False`` the answer comes at most a moment after that is recorded.
 
         Raises ``NotFound``, ``StateConflict`` for the first tenant and for one that was removed.
         """
-        return self._move(actor, name, TenantStatus.SUSPENDED, "tenant:suspend")
+        return self._move(actor, name, TenantStatus.SUSPENDED, "tenant:suspend", waits=waits)
 
-    def resume(self, actor: Actor, name: str) -> TenantState:
+    def resume(self, actor: Actor, name: str, *, waits: bool = True) -> TenantState:
         """Serve a suspended tenant again, with all that it had; may be repeated.
 
         Raises ``NotFound``, ``StateConflict`` for one that was removed.
         """
-        return self._move(actor, name, TenantStatus.ACTIVE, "tenant:resume")
+        return self._move(actor, name, TenantStatus.ACTIVE, "tenant:resume", waits=waits)
 
-    def _move(self, actor: Actor, name: str, status: TenantStatus, action: str) -> TenantState:
+    def _move(self, actor: Actor, name: str, status: TenantStatus, action: str, *, waits: bool) -> TenantState:
         now = self._clock()
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             generation = db.next_generation(tx, at=now)
@@ -242,14 +244,15 @@ class Tenants:
                 record_of_both(tx, actor, action, name, now)
             failpoint("tenant_move.before_commit")
         failpoint("tenant_move.after_commit")
-        return self.applied(self.whole(record), record.generation)
+        return self.applied(self.whole(record), record.generation, waits=waits)
 
-    def applied(self, record: TenantRecord, generation: int) -> TenantState:
+    def applied(self, record: TenantRecord, generation: int, *, waits: bool = True) -> TenantState:
         """Let this process and the broker know of a change; says whether the broker was seen to obey."""
         self._directory.refresh()
-        outcome = self._reconciler.apply_everywhere(generation)
+        apply = self._reconciler.apply_everywhere if waits else self._reconciler.apply_soon
+        outcome = apply(generation)
         enforced = outcome.covers(generation)
-        if not enforced:
+        if outcome.problem is not None and not enforced:
             detail = {"tenant": record.id, "problem": outcome.problem}
             log.error("the broker does not enforce the new state of a tenant yet", extra=detail)
         return TenantState(record, enforced, None if enforced else outcome.problem)

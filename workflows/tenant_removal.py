@@ -61,19 +61,19 @@ class TenantRemovals:
     _broker: BrokerProvisioning
     _clock: Callable[[], datetime]
 
-    def remove(self, actor: Actor, name: str, typed: str) -> RemovedTenant:
+    def remove(self, actor: Actor, name: str, typed: str, *, waits: bool = True) -> RemovedTenant:
         """Serve nobody of a tenant any more, and revoke all that it has; ``typed`` is its name again.
 
         The broker refuses the tenant as a whole at once. Its devices are revoked as many as there is time for, the
-        others by the job. A repeat goes on with it. Raises ``NotFound``, ``StateConflict`` for the first tenant,
-        ``InputInvalid`` for another name.
+        others by the job; with ``waits=False`` all by the job. A repeat goes on with it. Raises ``NotFound``,
+        ``StateConflict`` for the first tenant, ``InputInvalid`` for another name.
         """
         if typed != name:
             problem = FieldProblem("confirm", "must be the name of the tenant")
             raise InputInvalid("To remove a tenant for good, repeat its name in confirm.", [problem])
-        deadline = time.monotonic() + self._settings.enforce_timeout
+        deadline = time.monotonic() + (self._settings.enforce_timeout if waits else 0)
         record = self._close(actor, name)
-        state = self._tenants.applied(record, record.generation)
+        state = self._tenants.applied(record, record.generation, waits=waits)
         while time.monotonic() < deadline and self._revoke_some(record):
             pass
         with self._database.snapshot(sees=ALL_TENANTS) as tx:

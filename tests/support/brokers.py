@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 from operations.wiring import Portal
 from store import brokers, generations
 from store.scope import ALL_TENANTS
-from workflows.reconciliation import Outcome
+from workflows.prompt import Outcome
 
 
 def enforce_all(tx: Connection, name: str | None = None) -> None:

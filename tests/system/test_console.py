@@ -78,7 +78,7 @@ class Place:
 @contextlib.contextmanager
 def place(devices: int) -> Iterator[Place]:
     with contextlib.ExitStack() as stack:
-        deployment = Deployment(PORTAL_ENFORCE_TIMEOUT="2")  # for so long the answer to a revocation waits
+        deployment = Deployment(PORTAL_ENFORCE_TIMEOUT="60")  # for which no answer to a revocation may wait
         stack.callback(deployment.__exit__, None, None, None)
         deployment.make_data_folder()
         add_fleet(deployment.data, devices, revoked=10)
@@ -261,6 +261,35 @@ def test_a_stranger_registers_a_device_puts_it_on_the_broker_and_revokes_it_by_t
         assert not watched.complaints + watched.elsewhere
     client.close()
     assert device.refusal()
+
+
+def test_what_waits_for_the_broker_is_said_of_applications_and_tenants_and_watched(console: Place) -> None:
+    topics = [{"filter": "devices/+/telemetry", "access": "read"}]
+    assert console.deployment.call("POST", "/applications", {"name": "dash", "topics": topics}).status_code == 201
+    with console.page() as watched:
+        page, held = watched.page, page_waits(watched.page)
+        for path, what, do in (
+            ("/ui/access/applications", "Revoke dash", "Revoke it now"),
+            ("/ui/access/tenants", "Suspend empty", "Suspend it"),
+        ):
+            watched.open(path)
+            with standing_still(console.deployment):
+                page.get_by_role("button", name=what).click()
+                page.get_by_role("dialog").get_by_role("button", name=do).click()
+                expect(page.get_by_role("heading", name="Recorded, and taking hold at the broker")).to_be_visible()
+                expect(held).to_be_visible()
+                assert not watched.faults()
+            expect(page.get_by_role("heading", name="The broker enforces it")).to_be_visible(timeout=30_000)
+            expect(page.locator(".step-pending")).to_have_count(0)
+            watched.open(path)
+            expect(held).to_have_count(0)
+        page.get_by_role("button", name="Resume empty").click()
+        page.get_by_role("dialog").get_by_role("button", name="Resume it").click()
+        expect(page.get_by_role("button", name="Suspend empty")).to_be_visible()
+
+
+def page_waits(page: Page) -> Locator:
+    return page.locator(".badge", has_text="Waits for the broker")
 
 
 def fetched(link: str, password: str, device_id: str, deployment: Deployment, folder: Path) -> Onboarded:

@@ -20,7 +20,8 @@ from tests.support.harness import ON_SQLITE, PER_DEVICE, Clock, csr_pem
 from tests.workflows.test_admission import OPERATOR, Rows, request_of
 from workflows.bulk.batch import Candidate
 from workflows.enrolment.credentials import Waiting, by_token
-from workflows.reconciliation import AFTER_FAILURE_SECONDS, Outcome
+from workflows.prompt import Outcome
+from workflows.reconciliation import AFTER_FAILURE_SECONDS
 from workflows.renewal import RenewalRequest
 
 pytestmark = ON_SQLITE

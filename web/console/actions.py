@@ -36,6 +36,7 @@ from web.console.many import (
 )
 from web.console.pages import FORM_TOKEN, Pages, Sent, Shown, Visit
 from web.console.registration import new_once
+from web.console.watching import watched
 from workflows.admission import checked_topics
 from workflows.changes import ActionRefused
 from workflows.devices import MOST_AT_ONCE, MOST_RENEWED
@@ -156,8 +157,12 @@ def act(visit: Visit) -> Shown | Sent:
     if action is Action.REVOKE and form.count != str(len(found.changed)):
         return _preview(visit, form, query, ids, "To revoke them, enter how many there are.")
     names = {device.id: device.name for device in found.devices}
-    answers = list(visit.portal.revocations.act(visit.actor, action, [*names], form.reason))
-    return Shown("actions_done.html", {"words": _WORDS[form.action], "names": names, **_outcome(answers)})
+    waits = action is Action.RESUME  # the others are watched
+    answers = list(visit.portal.revocations.act(visit.actor, action, [*names], form.reason, waits=waits))
+    generation = max((one.generation for one in answers if not isinstance(one, ActionRefused)), default=0)
+    values = {"words": _WORDS[form.action], "names": names, **_outcome(answers)}
+    is_watched = bool(values["pending"]) and not waits
+    return Shown("actions_done.html", {**values, **watched(visit, generation if is_watched else 0)})
 
 
 def _renew(visit: Visit, form: ActionForm, query: FleetQuery, ids: Sequence[str]) -> Shown | Sent:
@@ -192,7 +197,7 @@ def _update(visit: Visit, form: ActionForm, found: Preview) -> Shown:
     outcome["done"]["same"] = len(found.same)
     outcome["refused"] += [ActionRefused(one.id, StateConflict("The device is revoked.")) for one in found.refused]
     names |= {device.id: device.name for device in found.refused}
-    return Shown("actions_done.html", {"words": _WORDS["update"], "names": names, **outcome})
+    return Shown("actions_done.html", {"words": _WORDS["update"], "names": names, **outcome, **watched(visit, 0)})
 
 
 def _ask_changes(

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from core.errors import Conflict, FieldProblem, InputInvalid
 from core.roles import Permission
-from core.states import ClientKind
+from core.states import ClientKind, DeviceStatus
 from store.devices import DeviceFilter
 from web.api.applications import ApplicationRequest
 from web.api.devices import pairs
@@ -18,6 +18,7 @@ from web.console.access import ACCESS, access_values, form_again
 from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.qr import qr_code
 from web.console.registration import Once, new_once
+from web.console.watching import watched
 from workflows.credentials import CredentialAnswer, DeviceRequest
 from workflows.presence import connection_of
 from workflows.renewal import RenewalRequest
@@ -57,7 +58,12 @@ def applications(visit: Visit) -> Shown:
     page = visit.portal.inventory.devices(
         visit.actor.tenant_id, DeviceFilter(kind=KIND), limit=PER_PAGE, cursor=query.cursor
     )
+    applied = visit.portal.enforcements.applied_generation()
+    found = [one.device for one in page.devices if one.device.status is DeviceStatus.REVOKED]
+    pending = {one.id: one.generation for one in found if one.generation > applied}
     values = {
+        "pending": pending,
+        **watched(visit, max(pending.values(), default=0)),
         "rows": [(one, connection_of(one.presence, page.contact)) for one in page.devices],
         "topics": page.topics,
         "next": None if page.cursor is None else f"{APPLICATIONS}?cursor={page.cursor}",
@@ -109,7 +115,7 @@ def renew_application(visit: Visit, application_id: str) -> Shown:
 @PAGES.add("POST", f"{PATH}/revoke", Permission.APPLICATIONS)
 def revoke_application(visit: Visit, application_id: str) -> Moved:
     """Revoke an application for good; a repeat changes nothing."""
-    visit.portal.revocations.revoke(visit.actor, application_id, "unspecified", kind=KIND)
+    visit.portal.revocations.revoke(visit.actor, application_id, "unspecified", kind=KIND, waits=False)
     return Moved(APPLICATIONS)
 
 

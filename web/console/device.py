@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
 
-from broker.control import Step
 from core.roles import Permission
 from core.states import CertificateStatus, DeviceStatus
 from core.topics import expand
@@ -15,23 +14,14 @@ from store.audit import AuditRecord
 from store.certificates import CertificateRecord
 from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.registration import new_once
+from web.console.watching import steps_of
 from workflows.devices import DeviceDetails
-from workflows.enforcement import Enforcement
 
 PAGES = Pages()
 PATH = "/ui/devices/{device_id}"
 CERTIFICATES, EVENTS, MOMENTS, RENEWALS = 20, 12, 9, 3  # that are shown at most
 _FOLLOWS = timedelta(seconds=2)  # a certificate that is issued so soon after a device is part of its registration
 _OF_RECORD = {"device:suspend": ("Suspended", "warn"), "device:resume": ("Resumed", "good")}
-_RECORDED = "Recorded", "The database and the audit record have it."
-# What each step says once it was proven, and before.
-_STEPS = {
-    Step.DENIED: ("Denied", "The broker has proved that it denies the device everything.", "Waits for its proof."),
-    Step.REFUSED: ("Refused", "A revoked certificate was tried on the broker, and refused.", "Waits to be tried."),
-    Step.CUT: ("Cut", "The device's session on the broker was ended.", "A connection may still be there."),
-    Step.ENFORCED: ("Enforced", "All of this was proven, and that is recorded.", "Comes last."),
-}
-_PENDING_ORDER = (Step.DENIED, Step.CUT, Step.REFUSED, Step.ENFORCED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +32,6 @@ class Moment:
     title: str
     kind: str = "idle"
     note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ShownStep:
-    """A step of a revocation; ``seconds`` after it was recorded, ``None`` while it is pending."""
-
-    title: str
-    text: str
-    seconds: float | None
 
 
 def path_of(device_id: str) -> str:
@@ -93,24 +74,6 @@ def _enforcement(visit: Visit, device_id: str) -> dict[str, object]:
         return {"enforcement": None, "device_id": device_id}
     steps = steps_of(found)
     return {"enforcement": found, "steps": steps, "device_id": device_id, "watched": not found.is_enforced}
-
-
-def steps_of(found: Enforcement) -> list[ShownStep]:
-    """Return the steps in the order in which they were proven, then those that are pending.
-
-    Of a device that is kept out, but whose steps are not known any more, that it was recorded and is enforced.
-    """
-    steps = [ShownStep(*_RECORDED, 0.0)]
-    if found.is_enforced and Step.ENFORCED not in found.proven:
-        return steps
-    for step, at in sorted(found.proven.items(), key=lambda pair: pair[1]):
-        title, text, _ = _STEPS[step]
-        steps.append(ShownStep(title, text, (at - found.recorded_at).total_seconds()))
-    for step in _PENDING_ORDER:
-        if step not in found.proven:
-            title, _, text = _STEPS[step]
-            steps.append(ShownStep(title, text, None))
-    return steps
 
 
 # --- Its life -----------------------------------------------------------------------------------------------------

@@ -56,14 +56,14 @@ class EditForm(RequestModel):
 def revoke(visit: Visit, device_id: str) -> Moved:
     """Revoke a device for good; its page shows how that takes hold."""
     form = visit.form(RevokeForm)
-    visit.portal.revocations.revoke(visit.actor, device_id, form.reason)
+    visit.portal.revocations.revoke(visit.actor, device_id, form.reason, waits=False)
     return Moved(path_of(device_id))
 
 
 @PAGES.add("POST", f"{PATH}/suspend", Permission.CHANGE)
 def suspend(visit: Visit, device_id: str) -> Moved:
     """Suspend a device until it is resumed."""
-    visit.portal.revocations.suspend(visit.actor, device_id)
+    visit.portal.revocations.suspend(visit.actor, device_id, waits=False)
     return Moved(path_of(device_id))
 
 

@@ -19,6 +19,7 @@ from web.console import (
     sign_on,
     tenants,
     waiting,
+    watching,
     webhooks,
 )
 from web.console.pages import Page, Pages, Shown, Visit
@@ -39,6 +40,7 @@ _SCREENS = (
     registration,
     device,
     device_changes,
+    watching,
     waiting,
     access,
     enrolment,

@@ -8,12 +8,13 @@ from pydantic import Field
 
 from core.errors import Conflict, InputInvalid, Unavailable
 from core.roles import Permission
-from core.tenants import Quotas
+from core.tenants import Quotas, TenantStatus
 from web.api.fields import IntegerText, TenantName, TopicPrefix
 from web.api.routing import RequestModel
 from web.console.access import ACCESS, access_values, form_again, secret_shown
 from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.registration import Once, new_once
+from web.console.watching import watched
 from workflows.tenant_life import NewTenant
 
 PAGES = Pages()
@@ -40,10 +41,11 @@ class RemoveForm(RequestModel):
 @PAGES.add("GET", TENANTS, Permission.TENANTS)
 def tenants(visit: Visit) -> Shown:
     """List the tenants, those that were removed and are still kept, too."""
-    return Shown(
-        "all_tenants.html",
-        access_values({"tenants": visit.portal.tenants.list(), "first": visit.portal.first_tenant}),
-    )
+    found, applied = visit.portal.tenants.list(), visit.portal.enforcements.applied_generation()
+    kept_out = [one for one in found if one.status is not TenantStatus.ACTIVE]
+    pending = {one.id: one.generation for one in kept_out if one.generation > applied}
+    values = {"tenants": found, "first": visit.portal.first_tenant, "pending": pending}
+    return Shown("all_tenants.html", access_values({**values, **watched(visit, max(pending.values(), default=0))}))
 
 
 @PAGES.add("GET", f"{TENANTS}/new", Permission.TENANTS)
@@ -76,7 +78,7 @@ def add_tenant(visit: Visit) -> Shown:
 @PAGES.add("POST", f"{PATH}/suspend", Permission.TENANTS)
 def suspend_tenant(visit: Visit, tenant: str) -> Moved:
     """Serve nobody of a tenant until it is resumed."""
-    visit.portal.tenants.suspend(visit.actor, tenant)
+    visit.portal.tenants.suspend(visit.actor, tenant, waits=False)
     return Moved(TENANTS)
 
 
@@ -90,5 +92,5 @@ def resume_tenant(visit: Visit, tenant: str) -> Moved:
 @PAGES.add("POST", f"{PATH}/remove", Permission.TENANTS)
 def remove_tenant(visit: Visit, tenant: str) -> Moved:
     """Remove a tenant for good, if its name was entered again."""
-    visit.portal.tenant_removals.remove(visit.actor, tenant, visit.form(RemoveForm).confirm)
+    visit.portal.tenant_removals.remove(visit.actor, tenant, visit.form(RemoveForm).confirm, waits=False)
     return Moved(TENANTS)
