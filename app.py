@@ -27,6 +27,7 @@ from operations.server_program import program
 from operations.wiring import Portal, open_portal, utc_now
 from store import scope
 from web.api import (
+    agents,
     applications,
     attestation,
     audit,
@@ -75,6 +76,7 @@ _RESOURCES = (
     tokens,
     sign_on,
     tenants,
+    agents,
     audit,
     webhooks,
     operation,
@@ -139,9 +141,17 @@ class _LazyPortal:
                 if self._portal is None:
                     portal = open_portal(self._settings, self._clock, self._served)
                     if self._background:
-                        jobs.start(portal)
+                        _start_agents(portal, jobs.start(portal))
                     self._portal = portal
         return self._portal
+
+
+def _start_agents(portal: Portal, stopping: threading.Event) -> None:
+    """Serve agents in a thread of this process, if the settings have an address for them."""
+    if portal.settings.agents_bind is not None:
+        from web import agent_listener
+
+        threading.Thread(target=agent_listener.run, args=(portal, stopping), name="agents", daemon=True).start()
 
 
 def portal_of(app: Flask) -> Portal:

@@ -34,6 +34,7 @@ from pki.issuers import (
     Issuer,
     Profile,
     Reason,
+    agent_profile,
     device_profile,
     extension,
     issuing_profile,
@@ -135,6 +136,13 @@ def sign_server_certificate(
 ) -> Issued:
     """Sign a TLS server's certificate for DNS names and IP addresses; raises as ``sign_certificate`` does."""
     return _sign(issuer, public_key, server_profile(names), now=now, days=days, pki_url=pki_url)
+
+
+def sign_agent_certificate(
+    issuer: Issuer, public_key: PublicKey, *, name: str, now: datetime, days: int, pki_url: str
+) -> Issued:
+    """Sign the certificate by which the agent of a broker shows who it is; raises as ``sign_certificate`` does."""
+    return _sign(issuer, public_key, agent_profile(name), now=now, days=days, pki_url=pki_url)
 
 
 def sign_responder_certificate(issuer: Issuer, public_key: PublicKey, *, now: datetime, days: int) -> Issued:

@@ -29,6 +29,7 @@ from core.setting_values import (
     OidcIssuer,
     OidcScopes,
     OptionalPath,
+    OptionalUrl,
     PathSetting,
     PkiAddressSetting,
     Text,
@@ -92,6 +93,10 @@ def _base_url(scheme: str, bind: str, address: Address, variable: str) -> str:
     return f"{scheme}://{address}"
 
 
+def _agents_url(address: Address | None) -> str:
+    return "" if address is None else _base_url("https", "agents_bind", address, "PORTAL_AGENTS_URL")
+
+
 class Settings(BaseSettings):
     """All settings, each from an environment variable or a key of the file; create it with ``Settings.from_env``.
 
@@ -119,6 +124,13 @@ class Settings(BaseSettings):
     pki_url: Url = derived(
         lambda data: _base_url("http", "pki_bind", data["pki_bind"], "PORTAL_PKI_URL"),
         "Base of the URLs put into certificates; http:// and the PKI listener if empty",
+    )
+    agents_bind: Annotated[Address | None, PlainValidator(parse_optional_address)] = setting(
+        "", "Listener for agents beside brokers elsewhere (mutual TLS), HOST:PORT; none if empty"
+    )
+    agents_url: OptionalUrl = derived(
+        lambda data: _agents_url(data["agents_bind"]),
+        "What agents connect to; https:// and PORTAL_AGENTS_BIND if empty",
     )
     database_url: Annotated[str, PlainValidator(parse_database_url)] = derived(
         lambda data: f"sqlite:///{data['data_dir'] / 'portal.db'}",
@@ -263,6 +275,9 @@ class Settings(BaseSettings):
     )
     broker_group: Text = setting("", "Group that may read the broker's files; mosquitto if empty and permitted")
     enforce_timeout: Annotated[float, seconds(0.1, 120)] = setting("5", "Seconds a request waits for the broker")
+    agent_deny_all_after: Annotated[float, seconds(0, 31536000)] = setting(
+        "0", "Seconds without the portal after which an agent's broker denies every device; 0: never"
+    )
 
     link_hours: Annotated[int, count(1, 8760)] = setting("24", "Life of a download link, in hours")
     link_grace: Annotated[float, seconds(0, 86400)] = setting(
@@ -405,6 +420,9 @@ class Settings(BaseSettings):
             raise SettingInvalid(said, "oidc_issuer", "oidc_client_id", "oidc_groups")
         if self.bind == self.pki_bind:
             raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.", "bind", "pki_bind")
+        if self.agents_bind is not None and self.agents_bind in (self.bind, self.pki_bind):
+            said = "PORTAL_AGENTS_BIND must be another address than PORTAL_BIND and PORTAL_PKI_BIND."
+            raise SettingInvalid(said, "agents_bind", "bind", "pki_bind")
         if self.issuing_days >= self.root_days:
             said = "PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS."
             raise SettingInvalid(said, "issuing_days", "root_days")

@@ -118,6 +118,13 @@ def parse_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def parse_optional_https_url(value: str) -> str:
+    """Return an https URL as ``parse_url`` does; empty stays empty."""
+    if value and not value.startswith("https://"):
+        raise ValueError("must be an https:// URL")
+    return parse_url(value) if value else ""
+
+
 def parse_issuer(value: str) -> str:
     """Return the issuer identifier of OpenID Connect as it is, character by character; empty stays empty."""
     parts = urlsplit(value)
@@ -259,3 +266,4 @@ ClaimName = Annotated[str, PlainValidator(parse_claim_name)]
 GroupGrantsSetting = Annotated[GroupGrants, PlainValidator(parse_group_grants)]
 Text = Annotated[str, PlainValidator(str)]
 Url = Annotated[str, PlainValidator(parse_url)]
+OptionalUrl = Annotated[str, PlainValidator(parse_optional_https_url)]

@@ -23,6 +23,10 @@ def portal_server() -> None:
     _find_modules()
     os.environ.setdefault("PORTAL_SERVER_COMMAND", "portal-server")  # for the commands that are suggested
     try:
+        if sys.argv[1:2] == ["agent"]:  # which needs neither database nor web server
+            from operations.agent.commands import main
+
+            main()
         from app import server
     except ModuleNotFoundError as error:
         sys.exit(

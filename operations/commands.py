@@ -27,6 +27,7 @@ from core.files import own_until_exit, replace_file
 from core.given_settings import CONFIG_VARIABLE, config_file, variable_of
 from core.server_command import server_command
 from operations import data_folder
+from operations.agent.commands import agent_group
 from operations.backup import backup as backups
 from operations.backup import restore as backup_restore
 from operations.backup.common import Restored
@@ -469,4 +470,4 @@ def commands(
         raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 
     on_this_machine = [init, serve, config_group, show_settings, admin_token, token_group]
-    return [*on_this_machine, audit_group, ca_group, mail_group, backup, restore, doctor, write_files]
+    return [*on_this_machine, audit_group, ca_group, mail_group, backup, restore, doctor, write_files, agent_group]

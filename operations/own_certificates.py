@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -74,6 +75,8 @@ class OwnCertificates:
             renewed.append("portal server certificate")
         if self._renew_broker(served=served):
             renewed.append("broker server certificate")
+        if self._renew_agents():
+            renewed.append("server certificate for agents")
         if self._is_due(probes.good.certificate, probes.good.key):
             self._issue_probe(probes.good, revoked=False)
             renewed.append("good probe certificate")
@@ -119,6 +122,18 @@ class OwnCertificates:
         if not self._is_due(certificate, key, settings.server_names):
             return False
         self._write_https(*self._issue_server(settings.server_names))
+        return True
+
+    def _renew_agents(self) -> bool:
+        """Renew the certificate of the listener for agents, which trust no issuer but the portal."""
+        settings = self._settings
+        certificate, key = settings.tls_dir / "agents.pem", settings.tls_dir / "agents.key"
+        names = (urlsplit(settings.agents_url).hostname or "",)
+        if settings.agents_bind is None or not self._is_due(certificate, key, names):
+            return False
+        chain, content = self._issue_server(names)
+        replace_file(key, content)
+        replace_file(certificate, chain)
         return True
 
     def _is_due(self, path: Path, key: Path, names: tuple[str, ...] = ()) -> bool:

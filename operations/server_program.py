@@ -17,7 +17,7 @@ from core.server_command import VARIABLE, server_command
 from onboarding_portal import VERSION, streams
 
 OTHER_NAMES = {"serve": "run"}
-WITHOUT_SETTINGS = ("config",)  # commands that work although a setting is wrong
+WITHOUT_SETTINGS = ("config", "agent")  # commands that work although a setting is wrong, or have others
 
 
 class Program(click.Group):

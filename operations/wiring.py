@@ -34,6 +34,8 @@ from store.database import Database
 from store.tables import DEFAULT_TENANT
 from store.tenants import TokenRecord
 from workflows import events
+from workflows.agents.agents import BrokerAgents
+from workflows.agents.feed import AgentFeed
 from workflows.attestation.appraisal import DeviceAttestations
 from workflows.attestation.nonces import AttestationNonces
 from workflows.attestation.policies import AttestationPolicies
@@ -116,6 +118,8 @@ class Portal:
     authority: Authority
     broker: BrokerProvisioning
     reconciler: Reconciler
+    agents: BrokerAgents
+    agent_feed: AgentFeed
     own_certificates: OwnCertificates
     registrations: Registrations
     bulk: Bulk
@@ -307,6 +311,8 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         authority=authority,
         broker=base.broker,
         reconciler=reconciler,
+        agents=BrokerAgents(settings, database, authority, reconciler, clock, first_tenant),
+        agent_feed=AgentFeed(settings, database, authority, reconciler.crls, clock),
         own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, first_tenant),
         registrations=Registrations(
             settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, shared.rates, clock

@@ -9,8 +9,8 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ed25519
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
 from pyasn1.type import univ
 from pyasn1_modules import rfc5480, rfc8410
 
@@ -68,6 +68,12 @@ class Csr:
 
 def _unpickle(pem: str, public_key: bytes) -> Csr:
     return Csr(pem, check_public_key(load_der_public_key(public_key)))
+
+
+def new_request(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return a request, PEM, that asks for nothing but a certificate for the key: all names are the CA's to decide."""
+    request = x509.CertificateSigningRequestBuilder(x509.Name([])).sign(key, hashes.SHA256())
+    return request.public_bytes(Encoding.PEM).decode()
 
 
 def read_csr(pem: str) -> Csr:

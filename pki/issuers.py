@@ -284,6 +284,16 @@ def server_profile(names: Sequence[str]) -> Profile:
     return Profile(subject, (*_SERVER, extension(san, critical=not fits)))
 
 
+def agent_profile(name: str) -> Profile:
+    """Return the profile of an agent beside a broker elsewhere: a TLS client that no broker takes for a device.
+
+    Its name has a plus sign, which no identity in a journal has, and by which Mosquitto applies no ACL pattern.
+    """
+    if not DNS_LABEL.fullmatch(name):
+        raise InputInvalid("The name of a broker must be 1 to 63 lower-case letters, digits and inner hyphens.")
+    return Profile(_subject(f"agent+{name}"[:COMMON_NAME_LIMIT]), _DEVICE)
+
+
 def responder_profile(issuer_name: str) -> Profile:
     """Return the profile of a CA's OCSP responder, whose own revocation is not checked (RFC 6960 §4.2.2.2.1)."""
     return Profile(_subject(f"OCSP responder of {issuer_name}"[:COMMON_NAME_LIMIT]), _RESPONDER, RevocationInfo.NONE)

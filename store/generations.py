@@ -70,29 +70,39 @@ _DEVICES = (
     .execution_options(yield_per=5000)
 )
 _DEVICES_WITH_TOPICS = _DEVICES.where(_OWN_TOPICS)
-_CHANGED_DEVICES = _DEVICES.where(Device.generation > sa.bindparam("since"), _CHANGED)
-_CHANGED_TOPICS = TOPICS.where(
-    AclEntry.device_id.in_(sa.select(Device.id).where(Device.generation > sa.bindparam("since"), _CHANGED))
-)
+_SINCE, _UNTIL = Device.generation > sa.bindparam("since"), Device.generation <= sa.bindparam("until")
+_CHANGED_DEVICES = _DEVICES.where(_SINCE, _CHANGED)
+_CHANGED_TOPICS = TOPICS.where(AclEntry.device_id.in_(sa.select(Device.id).where(_SINCE, _CHANGED)))
+_TOPICS_UNTIL = TOPICS.where(AclEntry.device_id.in_(sa.select(Device.id).where(_UNTIL)))
+_CHANGED_TOPICS_UNTIL = TOPICS.where(AclEntry.device_id.in_(sa.select(Device.id).where(_SINCE, _UNTIL, _CHANGED)))
 
 
-def acl_changes(tx: Connection, *, since: int, defaults: bool) -> Iterator[AclChange]:
+def acl_changes(tx: Connection, *, since: int, defaults: bool, until: int | None = None) -> Iterator[AclChange]:
     """Yield every device whose ACL entry changed after generation ``since``, in the order of the changes.
 
     From generation 0 on this is the whole ACL, if ``defaults`` includes devices with the default topics. Without these,
-    which a pattern line covers, it is the devices with their own topics.
+    which a pattern line covers, it is the devices with their own topics. Later changes than ``until`` are left out.
     """
     parameters = {"since": since} if since > 0 else {}
     if since > 0:
         devices, own_topics = _CHANGED_DEVICES, _CHANGED_TOPICS
     else:
         devices, own_topics = _DEVICES if defaults else _DEVICES_WITH_TOPICS, TOPICS
+    if until is not None:
+        parameters["until"] = until
+        devices, own_topics = devices.where(_UNTIL), _CHANGED_TOPICS_UNTIL if since > 0 else _TOPICS_UNTIL
     topics: Mapping[str, Sequence[tuple[str, str]]] | None = None
     for tenant_id, device_id, status, has_topics, generation, kind in tx.execute(devices, parameters):
         if has_topics and topics is None:
             topics = topics_by_device(tx, own_topics, **parameters)
         own = tuple(topics.get(device_id, ())) if has_topics and topics is not None else None
         yield AclChange(tenant_id, device_id, status, own, generation, kind)
+
+
+def end_of_page(tx: Connection, since: int, size: int) -> int | None:
+    """Return the generation of the device that is changed as the ``size``-th after one; ``None`` if there are fewer."""
+    later = sa.select(Device.generation).where(Device.generation > since, _CHANGED)
+    return tx.execute(later.order_by(Device.generation).offset(size - 1).limit(1)).scalar_one_or_none()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +131,16 @@ _REVOKED_SHOWN = _revoked_shown()
 _REVOKED_SHOWN_SINCE = _revoked_shown(Certificate.generation > sa.bindparam("since"), _ON_A_CRL)
 
 
-def certificate_changes(tx: Connection, *, since: int, now: datetime) -> Iterator[RevokedShown]:
-    """Yield the certificates revoked after generation ``since`` that have not expired at ``now``; from 0 on, all."""
+def certificate_changes(
+    tx: Connection, *, since: int, now: datetime, until: int | None = None
+) -> Iterator[RevokedShown]:
+    """Yield the certificates revoked after generation ``since`` that have not expired at ``now``; from 0 on, all.
+
+    Those that were revoked after ``until`` are left out.
+    """
     query = _REVOKED_SHOWN_SINCE if since > 0 else _REVOKED_SHOWN
+    if until is not None:
+        query = query.where(Certificate.generation <= until)
     for row in tx.execute(query, {"since": since, "now": now}):
         yield RevokedShown(*row)
 

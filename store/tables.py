@@ -10,6 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from core import states
 from store import (  # noqa: F401 - all in METADATA
+    agent_tables,
     attestation_tables,
     broker_tables,
     enrolment_tables,
@@ -327,7 +328,9 @@ _CURRENT = "status IN ('active', 'held') AND replaced_until IS NULL"
 
 
 class Certificate(OfTenant, Base):
-    """A certificate that the portal issued: to a device, to a server of its own, or to its probe (``canary``).
+    """A certificate that the portal issued: to a device, to its probe (``canary``), or to a ``server``.
+
+    The last are the portal's own, those of brokers, and of the agents beside them.
 
     A ``lost`` one was issued after the copy that a restore has put back: it stays on the CRL.
     """

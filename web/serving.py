@@ -94,7 +94,10 @@ def serve(
 def check_addresses(settings: Settings) -> None:
     """Raise ``StartupError`` unless the portal may listen on its TCP addresses now."""
     with contextlib.ExitStack() as stack:
-        for address, setting in ((settings.bind, "PORTAL_BIND"), (settings.pki_bind, "PORTAL_PKI_BIND")):
+        addresses = {"PORTAL_BIND": settings.bind, "PORTAL_PKI_BIND": settings.pki_bind}
+        if settings.agents_bind is not None:
+            addresses["PORTAL_AGENTS_BIND"] = settings.agents_bind
+        for setting, address in addresses.items():
             if not address.is_unix:
                 _sockets(stack, settings, address, setting)
 

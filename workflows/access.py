@@ -47,11 +47,17 @@ def on_broker(record: TenantRecord) -> TenantOnBroker:
 
 
 def complete_draft(
-    draft: Draft, tx: Connection, issuers: Issuers, now: datetime, known: BrokerTenants | None = None
+    draft: Draft,
+    tx: Connection,
+    issuers: Issuers,
+    now: datetime,
+    known: BrokerTenants | None = None,
+    until: int | None = None,
 ) -> None:
     """Add to the broker's next generation all that has changed since the one that it is based on.
 
-    ``known`` are the tenants as this transaction sees them, if others need them, too.
+    ``known`` are the tenants as this transaction sees them, if others need them, too. What clients may do after
+    generation ``until`` is left out, and certificates that were revoked after it.
     """
     since, every, known = draft.since, draft.lists_every_device, known or BrokerTenants(tx)
     if draft.lists_tenants:
@@ -60,11 +66,11 @@ def complete_draft(
         for tenant_id in sorted(draft.unknown_tenants(issuers.tenants.values())):
             if (owner := known.of(tenant_id)) is not None:
                 draft.tell_tenant(owner)
-    for change in generations.acl_changes(tx, since=since, defaults=every):
+    for change in generations.acl_changes(tx, since=since, defaults=every, until=until):
         update_access(draft, change, known.of(change.tenant_id))
     if draft.lists_certificates:
         names: dict[int, bytes] = {}
-        for revoked in generations.certificate_changes(tx, since=since, now=now):
+        for revoked in generations.certificate_changes(tx, since=since, now=now, until=until):
             if revoked.issuer_id not in names:
                 names[revoked.issuer_id] = issuers.by_id[revoked.issuer_id].issuer.certificate.subject.public_bytes()
             _revoke_certificate(draft, names[revoked.issuer_id], revoked)

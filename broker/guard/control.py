@@ -19,7 +19,7 @@ from broker.guard import journal
 from broker.guard.access import GuardAccess, NoJournal
 from broker.guard.draft import GuardDraft
 from broker.guard.folder import GuardFiles
-from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position
+from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position, read_texts
 from broker.guard.presence import GuardReports
 from broker.guard.told import NamedIssuers, Told, ToldByJournal
 from broker.probe import Resumption
@@ -93,11 +93,30 @@ class GuardControl:
         stated, position = self.files.stated(), self.files.position()
         if position is not None and position.generation >= enforced and self._continues(position, stated):
             return self._draft(JournalAppend(self.files.journal, position), position.generation)
-        before = max(position.epoch if position is not None else 0, _whole(stated.get("epoch")))
+        return self._draft(self._new_journal(position), 0)
+
+    def _new_journal(self, position: Position | None) -> NewJournal:
+        """Begin a journal with what each begins with: nobody but the portal is admitted by it."""
+        before = max(position.epoch if position is not None else 0, _whole(self.files.stated().get("epoch")))
         writer = self.files.begin(max(before + 1, int(self._clock().timestamp() * 1000)))
         for line in (journal.portal_line(self._password_hash()), journal.prefix_line(self._settings.topic_prefix)):
             writer.add(line)
-        return self._draft(writer, 0)
+        return writer
+
+    def deny_everybody(self) -> int:
+        """Replace the journal by one that knows tenants and CAs, and allows no client; return its generation.
+
+        The CAs must stay: the guard leaves certificates of others to what else the broker has. ``enforce`` makes it
+        effective, and the next draft begins a new one. The caller holds the lock. Raise ``ProjectionInvalid`` if the
+        journal is damaged, by which the guard denies everybody already, ``BrokerUnavailable`` if it cannot be written.
+        """
+        position = read_position(self.files.journal)
+        with self._new_journal(position) as writer:
+            for text in read_texts(self.files.journal):
+                if text.startswith(("tenant ", "suspend ", "issuer ")):
+                    writer.add(text)
+            self._distrusted = True
+            return writer.commit(position.generation).generation
 
     def _draft(self, writer: JournalAppend | NewJournal, since: int) -> GuardDraft:
         return GuardDraft(self, self._settings.application_prefixes, writer, since)

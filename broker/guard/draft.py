@@ -118,6 +118,11 @@ class GuardDraft(GuardAccess):
         self._writer.add(journal.serial_line(issuer_hash, serial_number, identity or UNKNOWN_IDENTITY))
         self._urgent = self._urgent or is_probe
 
+    def add_line(self, text: str, *, urgent: bool = False) -> None:
+        """Add a line that was checked before; ``urgent`` if the broker must have the CRL at once."""
+        self._writer.add(text)
+        self._urgent = self._urgent or urgent
+
     def puts_off_crls(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
         """Return whether the guard can do without new CRLs, and no file needs to be repaired; see ``Draft``."""
         control = self._control

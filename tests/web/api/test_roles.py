@@ -101,6 +101,8 @@ MAY_CALL: dict[str, set[Role | None]] = {
     "GET /tenants/{tenant}/export": {SYSTEM},
     "POST /tenants/{tenant}/suspend": {SYSTEM},
     "POST /tenants/{tenant}/resume": {SYSTEM},
+    "POST /brokers": {SYSTEM},
+    "POST /broker-agents/join": ANYONE,
     "GET /audit": {SYSTEM, ADMIN, AUDITOR},
     "GET /audit/export": {SYSTEM, ADMIN, AUDITOR},
     "GET /audit/checkpoint": ANYONE,

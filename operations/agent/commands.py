@@ -1,0 +1,145 @@
+"""``portal-server agent``: joins a portal from beside a Mosquitto elsewhere, and has that obey it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import NoReturn, ParamSpec
+
+import click
+
+from config import LogFormat, Settings
+from core import logs
+from core.errors import PortalError, StartupError
+from core.files import FileLock, private_folder
+from onboarding_portal import VERSION, streams
+from operations.agent.folder import AgentFolder, settings_of, utc_seconds
+
+P = ParamSpec("P")
+LOCK = ".agent.lock"
+
+
+def _without_traceback(function: Callable[P, None]) -> Callable[P, None]:
+    @functools.wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> None:
+        with streams.guarded():
+            try:
+                function(*arguments, **options)
+            except PortalError as error:
+                raise click.ClickException(error.detail) from error
+
+    return run
+
+
+class _Fingerprint(click.ParamType[str]):
+    """The SHA-256 fingerprint of a certificate: 64 hexadecimal digits, with colons or without."""
+
+    name = "sha256"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        digits = value.replace(":", "").lower()
+        if not re.fullmatch("[0-9a-f]{64}", digits):
+            self.fail("a fingerprint has 64 hexadecimal digits.", param, ctx)
+        return digits
+
+
+@click.group("agent")
+def agent_group() -> None:
+    """Beside a Mosquitto elsewhere: join a portal, follow it, show how far.
+
+    Settings are those of the portal that concern the broker, such as PORTAL_DATA_DIR and PORTAL_BROKER_DIR.
+    """
+
+
+@agent_group.command("join")
+@click.argument("code")
+@click.option("--url", required=True, metavar="URL", help="The portal's address, https://…")
+@click.option("--fingerprint", type=_Fingerprint(), metavar="SHA256", help="Trust the portal by its root certificate.")
+@_without_traceback
+def join_portal(code: str, url: str, fingerprint: str | None) -> None:
+    """Join a portal by the CODE that portal broker add has shown.
+
+    The code works once. The agent's key is made here, and stays here.
+    """
+    from operations.agent.joining import join  # here, since every start of the portal imports this module
+
+    settings, folder = _opened()
+    with FileLock(settings.data_dir / LOCK).try_hold() as alone:
+        if not alone or folder.has_joined:
+            raise StartupError(
+                f"{folder.path} is that of an agent already; set PORTAL_DATA_DIR to another folder, or remove it."
+            )
+        identity = join(folder, url, fingerprint, code)
+    click.echo(f"Joined as the agent of the broker {identity.name}")
+    click.echo(f"It is followed by: {os.environ.get('PORTAL_SERVER_COMMAND') or 'portal-server'} agent run")
+
+
+@agent_group.command("run")
+@_without_traceback
+def run_agent() -> None:
+    """Follow the portal until stopped, and have the broker obey."""
+    from operations.agent.agent import Agent
+
+    settings, folder = _opened()
+    logs.set_up(level=settings.log_level, as_json=settings.log_format is LogFormat.JSON)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with FileLock(settings.data_dir / LOCK).try_hold() as alone:
+        if not alone:
+            raise StartupError(f"Another agent runs on {settings.data_dir}; stop it, or set PORTAL_DATA_DIR.")
+        while not stopping.is_set():
+            Agent(settings, folder).run(stopping)
+            settings, folder = settings_of(os.environ)
+
+
+@agent_group.command("status")
+@_without_traceback
+def show_status() -> None:
+    """Show how far the broker obeys, and how old that knowledge is.
+
+    The exit status is 1 if something is wrong.
+    """
+    _, folder = _opened()
+    identity, state = folder.identity(), folder.state()
+    heard = datetime.fromtimestamp(state.heard_at, UTC) if state.heard_at else None
+    age = f"{state.age(utc_seconds()):.0f} s ago" if heard else ""
+    rows = {
+        "Broker": identity.name,
+        "Portal": identity.url,
+        "Generation": f"{state.mark.generation}",
+        "Heard of portal": f"{heard:%Y-%m-%d %H:%M:%S} UTC, {age}" if heard else "never",
+        "Devices": "all denied, since the portal was not heard for long" if state.denies_all else "",
+        "Problem": state.problem,
+    }
+    for title, text in rows.items():
+        if text:
+            click.echo(f"{title:<16} {text}")
+    if state.problem or state.denies_all:
+        raise SystemExit(1)
+
+
+def _opened() -> tuple[Settings, AgentFolder]:
+    settings, folder = settings_of(os.environ)
+    private_folder(settings.data_dir, mode=0o711)  # the broker, as another user, passes through it
+    return settings, folder
+
+
+@click.group("portal-server", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(VERSION, prog_name="portal-server")
+def agent_program() -> None:
+    """Run the portal's agent; all other commands need the portal's own packages."""
+
+
+agent_program.add_command(agent_group)
+
+
+def main() -> NoReturn:
+    """Run ``portal-server agent …`` without what only the portal needs: no database is opened, no web server made."""
+    agent_program(prog_name="portal-server")
+    raise SystemExit(0)

@@ -1,0 +1,285 @@
+"""The use cases of agents beside brokers elsewhere: how one is added, joins, gets certificates, and reports.
+
+An agent holds no CA key and no database. It is believed only for what it was given: a report names a page of changes by
+its digest, which nobody knows who was not sent the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from cryptography.hazmat.primitives.serialization import Encoding
+from sqlalchemy.engine import Connection
+
+import ca
+import db
+from config import Settings
+from core.errors import ClientCertificateRefused, InputInvalid, NotFound, StateConflict
+from core.setting_values import parse_address
+from core.states import BrokerKind
+from pki.csr import Csr, read_csr
+from store import agents, audit, brokers, issuers
+from store.agents import AgentRecord
+from store.audit import Actor
+from store.brokers import BrokerRecord
+from store.database import Database
+from store.scope import ALL_TENANTS
+from workflows.authority.issuers import Authority, RecordedIssuer
+from workflows.authority.own import PROBE_DAYS, record_own
+from workflows.enforcement import note_applied
+from workflows.reconciliation import Reconciler
+
+log = logging.getLogger("portal.agents")
+
+CODE_LIFE = timedelta(hours=1)
+AGENT_DAYS = 90
+MQTT_PORT = 8883
+
+
+class AgentCertificate(StrEnum):
+    """What an agent has certificates for."""
+
+    AGENT = "agent"  # for the portal: it is an agent, and which
+    SERVER = "server"  # the broker's own
+    GOOD = "good"  # with these two it tries whether its broker accepts and refuses as it must
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class NewAgent:
+    """A broker that was added, with the code by which its agent joins, which is stored nowhere."""
+
+    broker: BrokerRecord
+    code: str
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What an agent learns when it joins: its certificate with its chain (PEM), whom it may trust, and where."""
+
+    name: str
+    chain: str
+    portal_ca: str
+    agents_url: str
+    settings: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedCertificates:
+    """Certificates with their chains (PEM), and the generation whose CRL lists the revoked one, if there is one."""
+
+    chains: Mapping[AgentCertificate, str]
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an agent says: how far its broker was seen to obey, by a page that it was given, or what is wrong."""
+
+    generation: int
+    digest: str
+    problem: str | None
+
+
+class BrokerAgents:
+    """Adds agents, lets them join, certifies their keys, and takes their reports in."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        authority: Authority,
+        reconciler: Reconciler,
+        clock: Callable[[], datetime],
+        first_tenant: str,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._authority = authority
+        self._reconciler = reconciler
+        self._clock = clock
+        self._first_tenant = first_tenant
+
+    # --- Joining
+
+    def add(self, actor: Actor, name: str, address: str) -> NewAgent:
+        """Add a broker elsewhere, which counts once its agent has joined; return the code for that.
+
+        ``address`` is what clients connect to, HOST or HOST:PORT. Raise ``StateConflict`` if agents cannot reach this
+        portal or the name is taken, ``InputInvalid`` for an address that is none.
+        """
+        if self._settings.agents_bind is None:
+            raise StateConflict("Agents cannot reach this portal: set PORTAL_AGENTS_BIND, then start it again.")
+        address = _checked_address(address)
+        now, code = self._clock(), secrets.token_hex(16)
+        expires_at = now + CODE_LIFE
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            broker = brokers.add_broker(tx, name, BrokerKind.AGENT, at=now, joined=False, address=address)
+            agents.add_agent(tx, broker.id, code=code, expires_at=expires_at)
+            audit.record(tx, actor, "broker:add", f"broker:{name}", at=now, address=address)
+        return NewAgent(broker, code, expires_at)
+
+    def join(self, code: str, csr: str) -> Joined:
+        """Certify the key of an agent that has the code; from now on its broker counts, and nothing is enforced there.
+
+        Raise ``NotFound`` if the code is unknown, used or expired, ``CsrInvalid`` for the request.
+        """
+        now, signer = self._clock(), self._authority.first.issuing
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            if not agents.knows_code(tx, code, now=now):
+                raise _unknown_code()
+        request = read_csr(csr)
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            record = agents.take_code(tx, code, now=now)
+            if record is None:
+                raise _unknown_code()
+            issued = self._sign_agent(signer, request, record.name, now)
+            agents.set_certificate(tx, record.broker_id, issued.fingerprint)
+            brokers.join(tx, record.broker_id, at=now)
+            record_own(tx, self._first_tenant, signer, issued, purpose="server", now=now)
+            actor = audit.system_actor(self._first_tenant)
+            audit.record(tx, actor, "broker:join", f"broker:{record.name}", at=now)
+        self._reconciler.heard_of_another()
+        log.info("an agent has joined", extra={"broker": record.name})
+        settings, chain = self._settings, signer.chain_pem(issued.pem)
+        return Joined(record.name, chain, self.portal_ca, settings.agents_url, told_settings(settings, record.address))
+
+    @property
+    def portal_ca(self) -> str:
+        """The roots by which agents verify this portal, PEM."""
+        return ca.chain_pem(*self._authority.first.anchors)
+
+    @property
+    def root_fingerprint(self) -> str | None:
+        """The SHA-256, in hex, of the root by which HTTPS is verified; ``None`` if that is another issuer's."""
+        if self._settings.tls_certificate is not None:
+            return None
+        return hashlib.sha256(self._authority.first.anchors[0].public_bytes(Encoding.DER)).hexdigest()
+
+    @property
+    def client_cas(self) -> str:
+        """The CAs that agents' certificates are verified by, PEM."""
+        return self._authority.first.ca_pem
+
+    # --- What an agent asks for, by its certificate
+
+    def shown(self, certificate: bytes) -> AgentRecord:
+        """Return which agent has shown a certificate (DER); one that was issued last counts from then on.
+
+        Raise ``ClientCertificateRefused`` if it is none that counts.
+        """
+        fingerprint = hashlib.sha256(certificate).hexdigest()
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            record = agents.find_agent(tx, fingerprint)
+        if record is None:
+            raise ClientCertificateRefused(
+                "This certificate is not the newest one of an agent here; if its broker was removed, add it again."
+            )
+        if record.certificate != fingerprint:
+            with self._database.transaction(sees=ALL_TENANTS) as tx:
+                agents.set_certificate(tx, record.broker_id, fingerprint)
+        return record
+
+    def certify(self, record: AgentRecord, requests: Mapping[AgentCertificate, str]) -> IssuedCertificates:
+        """Certify keys of an agent, of its broker and of its probe; raise ``CsrInvalid``.
+
+        Names are the portal's to decide: the broker's certificate has the host of its address.
+        """
+        read = {kind: read_csr(csr) for kind, csr in requests.items()}
+        now, chains, generation = self._clock(), dict[AgentCertificate, str](), 0
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            if AgentCertificate.REVOKED in read:
+                generation = db.next_generation(tx, at=now)
+            for kind, request in read.items():
+                chains[kind] = self._certify(tx, record, kind, request, now, generation)
+        if generation:
+            self._reconciler.wake()
+        return IssuedCertificates(chains, generation)
+
+    def _certify(
+        self, tx: Connection, record: AgentRecord, kind: AgentCertificate, request: Csr, now: datetime, generation: int
+    ) -> str:
+        is_server, is_revoked = kind is AgentCertificate.SERVER, kind is AgentCertificate.REVOKED
+        signer = self._authority.servers if is_server else self._authority.first.issuing
+        if is_server:
+            issued = self._sign_server(signer, request, record, now)
+        elif kind is AgentCertificate.AGENT:
+            issued = self._sign_agent(signer, request, record.name, now)
+            agents.set_next_certificate(tx, record.broker_id, issued.fingerprint)
+        else:
+            issued = self._sign_probe(signer, request, now)
+        if is_revoked:
+            issuers.touch_issuer(tx, signer.id, generation=generation)
+        is_probe = kind in (AgentCertificate.GOOD, AgentCertificate.REVOKED)
+        purpose, revoked_at = "canary" if is_probe else "server", generation if is_revoked else 0
+        record_own(tx, self._first_tenant, signer, issued, purpose=purpose, now=now, generation=revoked_at)
+        return signer.chain_pem(issued.pem)
+
+    def _sign_agent(self, signer: RecordedIssuer, request: Csr, name: str, now: datetime) -> ca.Issued:
+        url = self._settings.pki_url
+        return ca.sign_agent_certificate(
+            signer.issuer, request.public_key, name=name, now=now, days=AGENT_DAYS, pki_url=url
+        )
+
+    def _sign_server(self, signer: RecordedIssuer, request: Csr, record: AgentRecord, now: datetime) -> ca.Issued:
+        names = (parse_address(record.address).host,)
+        days, url = self._settings.server_days, self._settings.pki_url
+        return ca.sign_server_certificate(
+            signer.issuer, request.public_key, names=names, now=now, days=days, pki_url=url
+        )
+
+    def _sign_probe(self, signer: RecordedIssuer, request: Csr, now: datetime) -> ca.Issued:
+        identity, url = str(uuid.uuid4()), self._settings.pki_url
+        return ca.sign_certificate(
+            signer.issuer, request.public_key, device_id=identity, now=now, days=PROBE_DAYS, pki_url=url
+        )
+
+    def report(self, record: AgentRecord, report: Report) -> None:
+        """Take in how far the broker of an agent was seen to obey.
+
+        Raise ``StateConflict`` for a page of changes that the agent was not given, or that was not the last one up to
+        its generation, by which nothing is enforced.
+        """
+        now = self._clock()
+        if report.problem is not None:
+            with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+                brokers.set_problem(tx, record.broker_id, report.problem, at=now)
+            return
+        page = record.has_shown(report.generation, report.digest)
+        if page is None or not page.is_last:
+            log.error("an agent reports what it was not given", extra={"broker": record.name})
+            raise StateConflict("This page of changes was not given to this agent; ask for the changes again.")
+        # If a power cut takes this record back, the same is reported again.
+        with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+            note_applied(tx, record.broker_id, report.generation, at=now)
+            brokers.set_problem(tx, record.broker_id, None, at=now)
+        self._reconciler.heard_of_another()
+
+
+def told_settings(settings: Settings, address: str) -> dict[str, str]:
+    """Return what this portal decides of the settings of an agent whose broker has this address, if it has one."""
+    told = {"topic_prefix": settings.topic_prefix, "topic_prefixes": ",".join(settings.topic_prefixes)}
+    if address:
+        host, port = parse_address(address)
+        told |= {"mqtt_host": host, "mqtt_port": str(port)}
+    return told
+
+
+def _unknown_code() -> NotFound:
+    return NotFound("The code is unknown, was used or has expired; remove the broker, and add it again.")
+
+
+def _checked_address(address: str) -> str:
+    try:
+        parsed = parse_address(address if ":" in address.rpartition("]")[2] else f"{address}:{MQTT_PORT}")
+    except ValueError as error:
+        raise InputInvalid(f"The address {error}.") from None
+    return str(parsed)

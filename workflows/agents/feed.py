@@ -1,0 +1,203 @@
+"""What an agent is given: pages of changes from one snapshot of the database each, and the CAs with their CRLs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+import ca
+from broker.guard.feed import NOTHING, FeedDraft, Lines, Mark, Page, TrustNames
+from config import Settings
+from store import agents, generations
+from store.agents import AgentRecord, Given
+from store.database import Database
+from store.issuers import KnownCrlStates
+from store.scope import ALL_TENANTS
+from store.tables import DEFAULT_TENANT
+from workflows.access import BrokerTenants, complete_draft
+from workflows.agents.agents import told_settings
+from workflows.authority.crl_publication import CrlPublication
+from workflows.authority.issuers import Authority, Issuers
+
+log = logging.getLogger("portal.agents")
+
+PAGE_DEVICES, MAX_PAGE_BYTES = 20_000, 8 << 20
+KEPT_BYTES = 1 << 20  # of a page that several agents ask for at the same time
+LOOK_SECONDS, TRUST_SECONDS = 0.025, 1.0  # how often it is looked for changes, and for new CRLs, while anybody waits
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The page that was made last, and the least cut that it has; several agents wait for the same one."""
+
+    since: int
+    cut_since: int
+    page: Page
+
+
+class AgentFeed:
+    """Makes pages of changes, and waits for changes on behalf of many agents at once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        authority: Authority,
+        crls: CrlPublication,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._authority = authority
+        self._crls = crls
+        self._clock = clock
+        self._states = KnownCrlStates()
+        self._making = threading.Lock()
+        self._kept: _Kept | None = None
+        self._changed = threading.Condition()
+        self._looking = False
+        self._generation = 0
+        self._names: tuple[float, TrustNames] | None = None
+        self._cas: tuple[Issuers, str] | None = None
+
+    # --- Changes
+
+    def start_of(self, record: AgentRecord, shown: Mark) -> Given:
+        """Return the page after which an agent goes on: the one that it shows to have, or none of them."""
+        known = record.has_shown(shown.generation, shown.digest)
+        return known or Given(NOTHING.generation, NOTHING.digest, is_last=False)
+
+    def wait(self, start: Given, seen: TrustNames, seconds: float, *, goes_on: Callable[[], bool]) -> bool:
+        """Wait until there are changes after a page; return whether there are, ``False`` if not in time.
+
+        Return ``False`` at once if there are newer CRLs or CAs than the agent has seen. ``goes_on`` is asked now and
+        then whether anybody still waits for it.
+        """
+        deadline = time.monotonic() + seconds
+        self._look()
+        while True:
+            if self._generation > start.generation or not start.is_last:
+                return True
+            left = deadline - time.monotonic()
+            if self.names() != seen or left <= 0 or not goes_on():
+                return False
+            with self._changed:
+                mine = not self._looking  # one of those that wait looks for all of them
+                if not mine:
+                    self._changed.wait(min(left, 10 * LOOK_SECONDS))
+                    continue
+                self._looking = True
+            try:
+                time.sleep(min(left, LOOK_SECONDS))
+                self._look()
+            finally:
+                with self._changed:
+                    self._looking = False
+                    self._changed.notify_all()
+
+    def _look(self) -> None:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            self._generation = max(0, generations.get_broker_state(tx).generation)
+
+    def page(self, record: AgentRecord, start: Given) -> Page:
+        """Return the changes after a page, up to the newest generation or one before, if they are many."""
+        with self._making:
+            kept = self._kept
+            cut_since = record.applied_generation
+            fits = kept is not None and (kept.since, kept.cut_since) == (start.generation, cut_since)
+            if kept is not None and fits and kept.page.newest == self._newest():
+                return kept.page
+            size = PAGE_DEVICES
+            while True:
+                page = self._make(start.generation, cut_since, size)
+                if len(page.content) <= MAX_PAGE_BYTES or size == 1:
+                    break
+                size = max(1, size // 8)
+            self._kept = _Kept(start.generation, cut_since, page) if len(page.content) <= KEPT_BYTES else None
+            return page
+
+    def _newest(self) -> int:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            return generations.get_broker_state(tx).generation
+
+    def _make(self, since: int, cut_since: int, size: int) -> Page:
+        lines = Lines()
+        draft = FeedDraft(self._settings.application_prefixes, since, lines)
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            newest = generations.get_broker_state(tx).generation
+            end = generations.end_of_page(tx, since, size)
+            until = newest if end is None else min(end, newest)
+            known = BrokerTenants(tx)
+            issuers = self._authority.seen_by(tx)
+            complete_draft(draft, tx, issuers, self._clock(), known, None if until == newest else until)
+            if until == newest and cut_since > 0:
+                self._end_sessions(tx, draft, known, cut_since)
+        if draft.closed:
+            log.error("devices are denied everything because their topics do not fit the settings")
+        content = lines.content()
+        return Page(since, until, newest, content, hashlib.sha256(content).hexdigest())
+
+    def _end_sessions(self, tx: Connection, draft: FeedDraft, known: BrokerTenants, since: int) -> None:
+        """Name whose sessions must end. At a broker that has never been seen to obey, a guard admits nobody before."""
+        disconnected = generations.devices_to_disconnect(tx, since=since)
+        revoked = {}
+        for device_id, tenant_id in generations.revoked_since(tx, since).items() if disconnected else ():
+            tenant = known.of(tenant_id)
+            revoked[device_id] = self._settings.topic_prefix if tenant is None else tenant.prefix
+        narrowed = {*generations.narrowed_since(tx, since)} - {*disconnected}
+        draft.end_sessions(disconnected, revoked, sorted(narrowed))
+
+    def given(self, record: AgentRecord, start: Given, page: Page) -> None:
+        """Record that an agent is given a page, before its last line is sent."""
+        # If a power cut takes this record back, the agent begins again.
+        with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+            given = Given(page.generation, page.digest, page.is_last)
+            agents.give(tx, record.broker_id, held=start, given=given)
+
+    # --- CAs and CRLs
+
+    def names(self) -> TrustNames:
+        """Return what names the newest CAs and CRLs, as they were a second ago at most."""
+        now, known = time.monotonic(), self._names
+        if known is None or now - known[0] >= TRUST_SECONDS:
+            with self._making, self._database.snapshot(sees=ALL_TENANTS) as tx:
+                known = self._names = (now, self._names_of(tx, self._authority.seen_by(tx)))
+        return known[1]
+
+    def _names_of(self, tx: Connection, issuers: Issuers) -> TrustNames:
+        heads = [
+            (row, state.newest.number)
+            for row, state in sorted(self._states.read(tx).items())
+            if state.newest is not None
+        ]
+        return TrustNames(self._name_of_cas(issuers), hashlib.sha256(repr(heads).encode()).hexdigest())
+
+    def _name_of_cas(self, issuers: Issuers) -> str:
+        if self._cas is None or self._cas[0] is not issuers:
+            settings, tenants = told_settings(self._settings, ""), sorted(issuers.tenants.items())
+            told = json.dumps([issuers.broker_ca.decode(), tenants, settings])
+            self._cas = (issuers, hashlib.sha256(told.encode()).hexdigest())
+        return self._cas[1]
+
+    def trust(self, record: AgentRecord) -> tuple[TrustNames, dict[str, Any]]:
+        """Return the CAs and their newest CRLs, signed anew if they are due, with the settings that agents need."""
+        issuers, _ = self._crls.sign_due()
+        with self._crls.trust(issuers) as trust, self._making, self._database.snapshot(sees=ALL_TENANTS) as tx:
+            names = self._names_of(tx, issuers)
+        body = {
+            "ca": trust.ca.decode(),
+            "crl": trust.crl.decode(),
+            "tenants": dict(trust.tenants),
+            "portal_ca": ca.chain_pem(*issuers.of(DEFAULT_TENANT).anchors),
+            "settings": told_settings(self._settings, record.address),
+        }
+        return names, body
