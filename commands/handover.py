@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 import socket
 import ssl
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,6 +21,7 @@ from commands.client import Client
 from commands.context import Remote
 from commands.errors import CheckFailed, CliError, Unreachable
 from onboarding_portal import VERSION
+from onboarding_portal.handover import Trust, base_of, text_to_pass_on
 
 SECONDS = 5.0  # that what is only for the block may take
 MAX_CERTIFICATE = 64 * 1024  # bytes
@@ -49,27 +48,7 @@ FINGERPRINT = click.option(
 )
 
 
-def base_of(link: str) -> str:
-    """Return the portal's URL in a download link."""
-    return link.rpartition("/download/")[0]
-
-
 # --- Whom the recipient trusts ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """How somebody without an account verifies the portal: by ``fingerprint``, by a file, or as any web server."""
-
-    fingerprint: str | None = None
-    ca_file: Path | None = None
-
-    @property
-    def option(self) -> str:
-        """Return the option of ``portal download``, with a blank before it."""
-        if self.fingerprint is not None:
-            return f" --fingerprint {self.fingerprint}"
-        return "" if self.ca_file is None else f" --ca-file {shlex.quote(self.ca_file.name)}"
 
 
 def trust_at(portal: Remote, base: str) -> Trust:
@@ -175,21 +154,7 @@ def trust_by_fingerprint(portal: Remote, link: str, fingerprint: str) -> None:
 def show_handover(portal: Remote, link: str, *, name: str, device_id: str, until: str) -> None:
     """Print what to pass on: the link, what to do with it, never the password."""
     trust, file = trust_at(portal, base_of(link)), _file_behind(portal, link) or f"{device_id}.zip"
-    lines = [
-        f"Credentials of {name}, to be fetched once, until {until}:",
-        link,
-        "",
-        "The password comes by another way. In a browser the link says what to do,",
-        "and is used up by the button there alone. With the portal command:",
-        "",
-        f"  portal download {shlex.quote(link)}{trust.option}",
-        "",
-        f"Without it, with {_tools(trust, file)}:",
-        "",
-        *(f"  {line}" for line in by_hand(link, file, trust)),
-    ]
-    if trust.fingerprint is not None:
-        lines += ["", "SHA-256 fingerprint of the portal's root certificate:", trust.fingerprint]
+    lines = text_to_pass_on(link, file, trust, name=name, until=until)
     portal.out.block("Pass this on, and the password by another way:", lines)
     if trust.ca_file is not None:
         portal.out.note(f"Send {trust.ca_file} along: the portal is verified by it.")
@@ -199,28 +164,3 @@ def _file_behind(portal: Remote, link: str) -> str | None:
     with contextlib.suppress(CliError):
         return Client(portal.settings, version=VERSION, patience=SECONDS).file_behind(link)
     return None
-
-
-def _tools(trust: Trust, file: str) -> str:
-    opener, checks = "openssl" if file.endswith(".p12") else "7z", trust.fingerprint is not None
-    tools = ["curl", *(["sha256sum", "openssl"] if checks else []), opener]
-    return f"{', '.join(dict.fromkeys(tools[:-1]))} and {opener}, which asks for the password"
-
-
-def by_hand(link: str, file: str, trust: Trust) -> list[str]:
-    """Return the lines of one shell command that fetches a bundle and opens it, without the portal's own command."""
-    folder, quoted = file.rpartition(".")[0], shlex.quote(link)
-    lines, verify = [], ""
-    if trust.fingerprint is not None:
-        root = f"{base_of(link)}/ca/{trust.fingerprint}.cer"
-        lines = [
-            f"curl -fsSk {shlex.quote(root)} -o root.cer &&",
-            f"echo '{trust.fingerprint}  root.cer' | sha256sum -c &&",
-            "openssl x509 -inform DER -in root.cer -out root.pem &&",
-        ]
-        verify = " --cacert root.pem"
-    elif trust.ca_file is not None:
-        verify = f" --cacert {shlex.quote(trust.ca_file.name)}"
-    in_p12 = file.endswith(".p12")
-    opened = f"openssl pkcs12 -in {file} -out {folder}.pem" if in_p12 else f"7z x -o{folder} {file}"
-    return [*lines, f"curl -fsS{verify} {quoted} -o {file} &&", opened]

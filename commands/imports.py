@@ -22,11 +22,12 @@ from commands.client import check_link, new_idempotency_key
 from commands.context import Remote, command
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
-from commands.handover import base_of, trust_at
+from commands.handover import trust_at
 from commands.import_cells import ENCODINGS
 from commands.import_files import ExternalIds, FileRow, Reading, format_of, read_rows
 from commands.import_results import Results
 from commands.output import text
+from onboarding_portal.handover import base_of
 
 BATCH_ROWS = 512  # two of the batches that the portal registers at once
 # A batch is sent completely before an answer is read, and the portal may stop reading until its answers are read. So a

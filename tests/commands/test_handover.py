@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from commands import handover
 from commands.connection import ConnectionSettings
 from commands.errors import Unreachable
-from commands.handover import Trust, by_hand
+from onboarding_portal.handover import Trust, by_hand
 from tests.support.cli_session import Session
 from tests.support.pki import Authority
 from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, problem

@@ -15,11 +15,11 @@ from web.api.devices import pairs
 from web.api.fields import Cursor, KeyTypeName, Name
 from web.api.routing import RequestModel, input_invalid
 from web.console.access import ACCESS, access_values, form_again
+from web.console.handover import handed_over
 from web.console.pages import Moved, Pages, Shown, Visit
-from web.console.qr import qr_code
 from web.console.registration import Once, new_once
 from web.console.watching import watched
-from workflows.credentials import CredentialAnswer, DeviceRequest
+from workflows.credentials import DeviceRequest
 from workflows.presence import connection_of
 from workflows.renewal import RenewalRequest
 
@@ -89,7 +89,7 @@ def register_application(visit: Visit) -> Shown:
         registered = visit.portal.registrations.register(visit.actor, request, form.once)
     except (InputInvalid, Conflict) as error:
         return form_again(visit, "application_new.html", ApplicationForm, error)
-    return _handed_over(registered, registered.name)
+    return handed_over(visit, registered, registered.name, back=APPLICATIONS)
 
 
 def _request(form: ApplicationForm) -> ApplicationRequest:
@@ -109,7 +109,7 @@ def renew_application(visit: Visit, application_id: str) -> Shown:
     """Issue new credentials for an application, and show them this once."""
     form = visit.form(RenewForm)
     renewed = visit.portal.renewals.renew(visit.actor, application_id, RenewalRequest(), form.once, kind=KIND)
-    return _handed_over(renewed, renewed.name)
+    return handed_over(visit, renewed, renewed.name, back=APPLICATIONS)
 
 
 @PAGES.add("POST", f"{PATH}/revoke", Permission.APPLICATIONS)
@@ -117,9 +117,3 @@ def revoke_application(visit: Visit, application_id: str) -> Moved:
     """Revoke an application for good; a repeat changes nothing."""
     visit.portal.revocations.revoke(visit.actor, application_id, "unspecified", kind=KIND, waits=False)
     return Moved(APPLICATIONS)
-
-
-def _handed_over(issued: CredentialAnswer, name: str) -> Shown:
-    code = None if issued.download_url is None else qr_code(issued.download_url)
-    values = {"issued": issued, "name": name, "is_renewal": False, "code": code, "back": APPLICATIONS}
-    return Shown("credentials.html", values, status=201)

@@ -15,8 +15,9 @@ from web.api.fields import BundleFormatName, ExternalId, KeyTypeName, Name, Plac
 from web.api.routing import RequestModel, input_invalid
 from web.console.device import PATH, path_of
 from web.console.formats import value_text
+from web.console.handover import handed_over
 from web.console.pages import Moved, Pages, Shown, Visit
-from web.console.registration import Once, handed_over
+from web.console.registration import Once
 from web.console.text_fields import Lines, lines_of, metadata_of, of_fields, topics_of
 from workflows.devices import DeviceDetails
 from workflows.renewal import RenewalRequest
@@ -82,7 +83,7 @@ def renew(visit: Visit, device_id: str) -> Shown:
         key_type=form.key_type, bundle_format=form.bundle_format, when_used=form.revoke_previous == "when_used"
     )
     renewed = visit.portal.renewals.renew(visit.actor, device_id, request, form.once)
-    return handed_over(renewed, renewed.name, is_renewal=True)
+    return handed_over(visit, renewed, renewed.name, is_renewal=True)
 
 
 # --- What is known of it ------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from core.roles import Permission
 from web.api.devices import RegisterRequest, registration_of
 from web.api.fields import BundleFormatName, ExternalId, KeyTypeName, Name, Place, ShortText
 from web.api.routing import IDEMPOTENCY_KEY, RequestModel
+from web.console.handover import handed_over
 from web.console.pages import Pages, Shown, Visit
-from web.console.qr import qr_code
-from workflows.credentials import CredentialAnswer
 
 PAGES = Pages()
 PATH = "/ui/devices/register"
@@ -40,13 +39,6 @@ def new_once() -> str:
     return secrets.token_urlsafe(18)
 
 
-def handed_over(issued: CredentialAnswer, name: str, *, is_renewal: bool = False) -> Shown:
-    """Return the page that shows link and password of new credentials, which no browser keeps."""
-    code = None if issued.download_url is None else qr_code(issued.download_url)
-    values = {"issued": issued, "name": name, "is_renewal": is_renewal, "code": code}
-    return Shown("credentials.html", values, status=201)
-
-
 @PAGES.add("GET", PATH, Permission.CHANGE)
 def ask(_visit: Visit) -> Shown:
     """Show the form to register a device."""
@@ -62,7 +54,7 @@ def register(visit: Visit) -> Shown:
         registered = visit.portal.registrations.register(visit.actor, request, form.once)
     except (InputInvalid, Conflict) as error:
         return _again(visit, error)
-    return handed_over(registered, registered.name)
+    return handed_over(visit, registered, registered.name)
 
 
 def _again(visit: Visit, error: InputInvalid | Conflict) -> Shown:

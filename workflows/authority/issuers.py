@@ -125,6 +125,11 @@ class Issuers:
         """Return the root that the portal has above an issuing CA, ``None`` if somebody else's is."""
         return None if recorded.issuer.above else self._roots[recorded.issuer.certificate.issuer]
 
+    @property
+    def https_fingerprint(self) -> str:
+        """Return the SHA-256, in hex, of the root by which clients verify the certificate that the portal has made."""
+        return hashlib.sha256(self.anchor(self.servers).public_bytes(Encoding.DER)).hexdigest()
+
     def anchor(self, recorded: RecordedIssuer) -> x509.Certificate:
         """Return the certificate of the root above an issuing CA."""
         root = self.own_root(recorded)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from flask import Flask
 from markupsafe import escape
 
 from app import portal_of
+from config import Settings
 from core.roles import Role
+from onboarding_portal.handover import Trust, text_to_pass_on
 from tests.support.browser import Browser, text_of
 from tests.support.harness import ON_SQLITE, Api
 from tests.web.console.test_device import hidden
 from tests.web.console.test_fleet import STORED
+from web.console.handover import trust_of
 from web.console.qr import MAX_TEXT, qr_code
 
 pytestmark = ON_SQLITE
@@ -58,6 +65,47 @@ def test_the_password_is_in_no_address_in_no_text_to_pass_on_and_on_no_other_pag
     for path in (f"/ui/devices/{device_id}", "/ui/devices", PATH):
         assert password not in browser.get(path).text
     assert not any(password in str(entry) for entry in api.get("/audit").json["entries"])
+
+
+def passed_on(answer: Any) -> str:
+    return html.unescape(re.findall(r'<pre class="pass-on[^>]*>(.*?)</pre>', answer.text, re.DOTALL)[0])
+
+
+@pytest.mark.parametrize(("bundle_format", "opens"), [("zip", "7z x"), ("p12", "openssl pkcs12"), ("", "7z x")])
+def test_the_text_to_pass_on_is_the_one_of_the_command_line_with_the_root_s_fingerprint(
+    app: Flask, api: Api, browser: Browser, bundle_format: str, opens: str
+) -> None:
+    answer = browser.post(PATH, filled(browser, bundle_format=bundle_format))
+    [device] = api.get("/devices").json["devices"]
+    file = f"{device['device_id']}.{bundle_format or 'zip'}"
+    root = re.findall("fingerprint ([0-9a-f]{64})", passed_on(answer))[0]
+    served = api.get(f"/ca/{root}.cer")
+    assert sha256(served.data).hexdigest() == root
+    link = html.unescape(LINK.findall(answer.text)[0])
+    record = portal_of(app).deliveries.check_download(link.rpartition("/")[2])
+    until = f"{record.expires_at:%Y-%m-%d %H:%M:%S} UTC"
+    assert passed_on(answer).splitlines() == [*text_to_pass_on(link, file, Trust(root), name="pump-1", until=until)]
+    for part in (f"--fingerprint {root}", f"curl -fsS --cacert root.pem {link} -o {file}", "sha256sum -c", opens):
+        assert part in passed_on(answer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [({"PORTAL_TRUSTED_PROXIES": "127.0.0.1"}, ""), ({"PORTAL_PUBLIC_URL": "http://localhost:8080"}, "")],
+)
+def test_behind_a_front_server_the_portal_is_verified_as_any_web_server(
+    make_settings: Callable[..., Settings], settings: dict[str, str], option: str
+) -> None:
+    portal = Mock(settings=make_settings(**settings))
+    assert trust_of(portal).option == option
+
+
+def test_a_certificate_of_another_issuer_is_verified_by_its_root_which_is_sent_along(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    of_another = Mock(public_url=make_settings().public_url, trusted_proxies=(), tls_certificate=tmp_path)
+    of_another.bind.is_unix, of_another.https_ca_file = False, tmp_path / "portal-ca.pem"
+    assert trust_of(Mock(settings=of_another)).option == " --ca-file portal-ca.pem"
 
 
 def test_a_form_that_is_sent_twice_registers_one_device_and_shows_the_same(api: Api, browser: Browser) -> None:
