@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from core.errors import Conflict, InputInvalid
+from core.errors import Conflict, FieldProblem, Forbidden, InputInvalid
 from core.roles import Permission
 from web.api.devices import RegisterRequest, registration_of
-from web.api.fields import BundleFormatName, ExternalId, KeyTypeName, Name, Place, ShortText
-from web.api.routing import IDEMPOTENCY_KEY, RequestModel
+from web.api.fields import (
+    BundleFormatName,
+    ExternalId,
+    GroupNames,
+    IntegerText,
+    KeyTypeName,
+    Name,
+    Place,
+    ProfileName,
+    ShortText,
+)
+from web.api.problems import status_of
+from web.api.routing import IDEMPOTENCY_KEY, RequestModel, input_invalid
 from web.console.handover import handed_over
 from web.console.pages import Pages, Shown, Visit
+from web.console.text_fields import MAX_CSR, CsrText, Lines, metadata_of, topics_of
+from workflows.credentials import DeviceRequest
 
 PAGES = Pages()
 PATH = "/ui/devices/register"
@@ -32,6 +46,28 @@ class RegisterForm(RequestModel):
     external_id: ExternalId | None = None
     key_type: KeyTypeName | None = None
     bundle_format: BundleFormatName | None = None
+    groups: GroupNames = Field(default_factory=list)
+    profile: ProfileName | None = None
+    validity_days: Annotated[int, Field(ge=1, le=36500), IntegerText] | None = None
+    metadata: Lines = ""
+    topics: Lines = ""
+    csr: CsrText | None = None
+
+    def request(self) -> DeviceRequest:
+        """Return the device to register; raises ``InputInvalid`` (``CsrInvalid``, ``KeyRefused``)."""
+        if self.csr is not None and (self.key_type or self.bundle_format):
+            problem = FieldProblem("csr", "goes with neither a key nor a bundle, of which there is none then")
+            raise InputInvalid("A CSR is for a key of the device's own.", [problem])
+        others = {"once", "metadata", "topics"}
+        values = self.model_dump(exclude=others, exclude_none=True, exclude_defaults=True)
+        if self.metadata:
+            values["metadata"] = metadata_of(self.metadata)
+        if self.topics:
+            values["topics"] = topics_of(self.topics)
+        try:
+            return registration_of(RegisterRequest.model_validate(values))
+        except ValidationError as error:
+            raise input_invalid(error) from None
 
 
 def new_once() -> str:
@@ -40,27 +76,51 @@ def new_once() -> str:
 
 
 @PAGES.add("GET", PATH, Permission.CHANGE)
-def ask(_visit: Visit) -> Shown:
+def ask(visit: Visit) -> Shown:
     """Show the form to register a device."""
-    return Shown("register.html", {"once": new_once(), "problems": {}, "given": {}})
+    return Shown("register.html", {"once": new_once(), "problems": {}, "given": {}, **_choices(visit)})
 
 
 @PAGES.add("POST", PATH, Permission.CHANGE)
 def register(visit: Visit) -> Shown:
     """Register a device, and show its link and password this once."""
     try:
-        form = visit.form(RegisterForm)
-        request = registration_of(RegisterRequest(**form.model_dump(exclude={"once"}, exclude_none=True)))
-        registered = visit.portal.registrations.register(visit.actor, request, form.once)
-    except (InputInvalid, Conflict) as error:
+        form = _with_file(visit, visit.form(RegisterForm, many=("groups",)))
+        registered = visit.portal.registrations.register(visit.actor, form.request(), form.once)
+    except (InputInvalid, Conflict, Forbidden) as error:
         return _again(visit, error)
     return handed_over(visit, registered, registered.name)
 
 
-def _again(visit: Visit, error: InputInvalid | Conflict) -> Shown:
+def _with_file(visit: Visit, form: RegisterForm) -> RegisterForm:
+    """Return a form with the CSR of its file, if one was sent: PEM or DER."""
+    file = visit.request.files.get("csr_file")
+    content = b"" if file is None else file.read(MAX_CSR + 1)
+    if not content:
+        return form
+    if form.csr is not None or len(content) > MAX_CSR:
+        said = "is given as a text, too; leave one away" if form.csr else f"has a file of more than {MAX_CSR} bytes"
+        raise InputInvalid("The CSR cannot be taken.", [FieldProblem("csr", said)])
+    if not content.startswith(b"-----BEGIN"):
+        encoded = base64.encodebytes(content).decode()
+        content = f"-----BEGIN CERTIFICATE REQUEST-----\n{encoded}-----END CERTIFICATE REQUEST-----\n".encode()
+    return form.model_copy(update={"csr": content.decode("ascii", errors="replace")})
+
+
+def _choices(visit: Visit) -> dict[str, list[str]]:
+    """Return the names of the groups and certificate profiles to choose from."""
+    tenant_id = visit.actor.tenant_id
+    return {
+        "groups": [one.name for one in visit.portal.groups.groups(tenant_id) if one.filter is None],
+        "profiles": [one.profile.name for one in visit.portal.profiles.profiles(tenant_id)],
+    }
+
+
+def _again(visit: Visit, error: InputInvalid | Conflict | Forbidden) -> Shown:
     found = error.errors if isinstance(error, InputInvalid) else ()
-    problems: Mapping[str, str] = {one.field: one.message for one in found}
+    problems: Mapping[str, str] = {one.field.partition(".")[0]: one.message for one in found}
     given: dict[str, Any] = {name: visit.request.form.get(name, "") for name in RegisterForm.model_fields}
+    given["groups"] = visit.request.form.getlist("groups")
     shown = problems if problems.keys() & given.keys() - {"once"} else {"": error.detail}
-    values = {"once": new_once(), "problems": shown, "given": given}
-    return Shown("register.html", values, status=422 if isinstance(error, InputInvalid) else 409)
+    values = {"once": new_once(), "problems": shown, "given": given, **_choices(visit)}
+    return Shown("register.html", values, status=status_of(error))

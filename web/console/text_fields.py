@@ -10,7 +10,8 @@ from pydantic import Field
 from core.errors import FieldProblem, InputInvalid
 
 Lines = Annotated[str, Field(max_length=32768)]
-CsrText = Annotated[str, Field(max_length=16384)]
+MAX_CSR = 16384  # characters of PEM, or bytes of a file
+CsrText = Annotated[str, Field(max_length=MAX_CSR)]
 
 
 def lines_of(text: str) -> list[str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import io
 import re
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificate, load_pem_x509_csr
 from flask import Flask
 from markupsafe import escape
 
@@ -19,7 +23,7 @@ from config import Settings
 from core.roles import Role
 from onboarding_portal.handover import Trust, text_to_pass_on
 from tests.support.browser import Browser, text_of
-from tests.support.harness import ON_SQLITE, Api
+from tests.support.harness import ON_SQLITE, Api, csr_pem
 from tests.web.console.test_device import hidden
 from tests.web.console.test_fleet import STORED
 from web.console.handover import trust_of
@@ -32,7 +36,7 @@ LINK = re.compile(r'<code id="link">(.*?)</code>')
 PASSWORD = re.compile(r'<code id="password">(.*?)</code>')
 
 
-def filled(browser: Browser, **fields: str) -> dict[str, str]:
+def filled(browser: Browser, **fields: Any) -> dict[str, Any]:
     return {**FORM, "once": hidden(browser.get(PATH).text, "once"), **fields}
 
 
@@ -167,3 +171,86 @@ def test_a_qr_code_is_drawn_without_anything_of_its_text() -> None:
     assert "style" not in drawn
     with pytest.raises(ValueError, match="too long"):
         qr_code("x" * (MAX_TEXT + 1))
+
+
+# --- What the whole form has ----------------------------------------------------------------------------------------
+
+
+def test_groups_metadata_topics_profile_and_life_are_those_of_the_form(api: Api, browser: Browser) -> None:
+    api.post("/groups", {"name": "north"})
+    api.post("/groups", {"name": "pumps", "filter": {"type": "pump"}})
+    page = browser.get(PATH).text
+    assert '<option value="north">' in page
+    assert '<option value="pumps">' not in page  # a saved filter has no members
+    entered = {"metadata": "owner=ops\r\nrack=7", "topics": "devices/{id}/# readwrite\ndevices/news read"}
+    assert browser.post(PATH, filled(browser, groups="north", validity_days="30", **entered)).status_code == 201
+    [device] = api.get("/devices").json["devices"]
+    assert (device["groups"], device["metadata"]) == (["north"], {"owner": "ops", "rack": "7"})
+    assert {one["filter"] for one in device["topics"]} == {"devices/{id}/#", "devices/news"}
+    certificate = api.get(f"/devices/{device['device_id']}").json["certificate"]
+    days = datetime.fromisoformat(certificate["not_after"]) - datetime.fromisoformat(certificate["not_before"])
+    assert days < timedelta(days=31)
+
+
+@pytest.mark.parametrize("way", ["text", "pem file", "der file"])
+def test_a_csr_gets_a_certificate_for_its_key_and_no_password(api: Api, browser: Browser, way: str) -> None:
+    csr = csr_pem()
+    form: dict[str, Any] = filled(browser)
+    if way == "text":
+        form["csr"] = csr
+    else:
+        content = csr.encode() if way == "pem file" else load_pem_x509_csr(csr.encode()).public_bytes(Encoding.DER)
+        form["csr_file"] = (io.BytesIO(content), "device.csr")
+    answer = browser.post(PATH, form)
+    assert answer.status_code == 201
+    assert not LINK.findall(answer.text) + PASSWORD.findall(answer.text)
+    [device] = api.get("/devices").json["devices"]
+    issued = api.get(f"/devices/{device['device_id']}").json["certificate"]["certificate"]
+    assert issued.strip() in html.unescape(answer.text)
+    keys = (load_pem_x509_csr(csr.encode()).public_key(), load_pem_x509_certificate(issued.encode()).public_key())
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"metadata": "owner"}, "a line is KEY=VALUE"),
+        ({"topics": "devices/#"}, "a line is a topic filter, a space"),
+        ({"topics": "others/# read"}, "others/#"),
+        ({"validity_days": "0"}, "must be"),
+        ({"groups": "nowhere"}, "name no group nowhere"),
+        ({"csr": "-----BEGIN PRIVATE KEY-----"}, "CSR"),
+        ({"csr": "x", "key_type": "ed25519"}, "goes with neither a key nor a bundle"),
+        ({"csr_file": "x" * 20000}, "more than 16384 bytes"),
+    ],
+)
+def test_what_is_wrong_in_the_whole_form_is_said_and_what_was_entered_stays(
+    api: Api, browser: Browser, fields: dict[str, Any], said: str
+) -> None:
+    if "csr_file" in fields:
+        fields = {"csr_file": (io.BytesIO(fields["csr_file"].encode()), "device.csr")}
+    answer = browser.post(PATH, filled(browser, **fields))
+    assert answer.status_code == 422
+    assert said in text_of(answer.text)
+    assert "field-bad" in answer.text or 'role="alert"' in answer.text
+    assert 'value="pump-1"' in answer.text
+    assert not api.get("/devices").json["devices"]
+
+
+def test_an_operator_puts_no_device_into_a_group_with_an_appraisal_policy(
+    app: Flask, api: Api, browser_of: Callable[..., Browser]
+) -> None:
+    api.post("/groups", {"name": "north"})
+    assert api.patch("/groups/north", {"attestation": {"mode": "off"}}).status_code == 200
+    operator = browser_of(Role.OPERATOR)
+    refused = operator.post(PATH, filled(operator, groups="north"))
+    assert refused.status_code == 403
+    assert "ask an admin" in text_of(refused.text)
+    assert not api.get("/devices").json["devices"]
+
+
+def test_names_of_groups_and_what_is_entered_are_shown_as_they_are(browser: Browser) -> None:
+    entered = '"><script>alert(1)</script>'
+    again = browser.post(PATH, filled(browser, metadata=entered, topics=entered, csr=entered)).text
+    assert "<script>alert" not in again
+    assert again.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
