@@ -69,7 +69,7 @@ class AgentListener:
 
     def __init__(self, portal: Portal) -> None:
         self.portal = portal
-        self.stopping = threading.Event()
+        self.listening, self.stopping = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}  # until when each may take
         self._handshakes = threading.Semaphore(MAX_HANDSHAKES)
@@ -85,6 +85,7 @@ class AgentListener:
         log.info("serving agents", extra={"url": settings.agents_url})
         with listener:
             listener.settimeout(0.5)
+            self.listening.set()
             while not stopping.is_set():
                 with contextlib.suppress(TimeoutError, ConnectionError):
                     self._accept(listener.accept()[0])

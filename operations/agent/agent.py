@@ -155,11 +155,12 @@ class Agent:
 
     def _follow_once(self) -> float:
         if not self._folder.probes.good.certificate.exists() or self._is_time("certificates", CERTIFICATES_SECONDS):
-            self._renew_certificates()
+            self.renew_certificates()
         self.follow(WAIT_SECONDS)
         return 0.0
 
-    def _renew_certificates(self) -> None:
+    def renew_certificates(self) -> None:
+        """Have the certificates renewed that are due; raise as ``follow`` does."""
         if "agent" in self._certificates.renew(self._client):
             self._client.close()
             self._client = PortalClient(self._folder, self._identity)
@@ -416,9 +417,13 @@ class Agent:
             with contextlib.suppress(ProjectionInvalid):  # a damaged journal denies everybody anyway
                 self._control.deny_everybody()
             self._keep(denies_all=True)
-        with contextlib.suppress(BrokerUnavailable):  # one that does not run reads the journal at its start
-            if (position := self._control.files.position()) is not None:
+            self._next["deny"] = 0.0
+        position = self._control.files.position()
+        if position is not None and self._is_time("deny", PROBE_SECONDS):
+            try:
                 self._control.enforce(position.generation, time.monotonic() + self._settings.enforce_timeout)
+            except BrokerUnavailable:  # one that does not run reads the journal at its start
+                self._next["deny"] = 0.0
         return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -111,8 +112,8 @@ class PortalClient:
 
 def unreachable(error: Exception) -> Unavailable:
     """Return that the portal was not reached, in a sentence."""
-    reason = getattr(error, "reason", None) or error
-    return Unavailable(f"The portal was not reached: {str(reason)[:300]}.")
+    reason = re.sub(r"^<?HTTPSConnection(Pool)?\([^)]*\)>?: ", "", str(getattr(error, "reason", None) or error))
+    return Unavailable(f"The portal was not reached: {reason[:300].rstrip('.')}.")
 
 
 def refusal_of(status: int, content: bytes) -> PortalError:

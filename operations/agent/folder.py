@@ -92,6 +92,7 @@ class AgentFolder:
         self.keep_pair(key, chain)
         replace_file(self.portal_ca, portal_ca.encode())
         replace_file(self._trust, json.dumps({"settings": _decided(settings)}).encode())
+        self.keep_state(State(heard_at=utc_seconds()))
         replace_file(self._identity, json.dumps(dataclasses.asdict(identity)).encode())
 
     def keep_pair(self, key: bytes, chain: str) -> None:

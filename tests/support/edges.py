@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.engine import Connection
+
+from config import Settings
+from store import brokers, generations
+from store.brokers import BrokerRecord
+from store.database import Database
+from store.scope import ALL_TENANTS
 from tests.support.deployment import ROOT, Deployment, Onboarded, wait_until
 from tests.support.mosquitto import Mosquitto, short_folder
 from tests.support.ports import free_port
@@ -32,6 +38,7 @@ class Edge:
         self.port = free_port()
         self.log = self.folder / "agent.log"
         self.broker = Mosquitto(self.data / "broker", self.port, guard=True)
+        self.under: tuple[str, ...] = ()  # a command that runs the agent
         self.agent: subprocess.Popen[bytes] | None = None
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")},
@@ -72,7 +79,9 @@ class Edge:
     def start_agent(self) -> None:
         """Start the agent."""
         with self.log.open("ab") as log:
-            self.agent = subprocess.Popen([*PROGRAM, "run"], env=self.environment, cwd=self.folder, stderr=log)
+            self.agent = subprocess.Popen(
+                [*self.under, *PROGRAM, "run"], env=self.environment, cwd=self.folder, stderr=log
+            )
 
     def stop_agent(self, how: signal.Signals = signal.SIGTERM) -> None:
         """Stop the agent."""
@@ -91,16 +100,33 @@ class Edge:
         self.broker.start()
         self.wait_enforced()
 
-    def row(self) -> dict[str, Any]:
-        """What the portal says of the broker."""
-        answer = self.portal.call("GET", f"/brokers/{self.name}")
-        assert answer.status_code == 200, answer.text
-        row: dict[str, Any] = answer.json()
-        return row
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A transaction in the portal's database."""
+        settings = Settings.from_env(
+            {name: value for name, value in self.portal.environment.items() if name.startswith("PORTAL_")}
+        )
+        database = Database(settings.database_url, folder=settings.data_dir, threads=1)
+        with contextlib.closing(database), database.transaction(sees=ALL_TENANTS) as tx:
+            yield tx
+
+    def record(self) -> BrokerRecord:
+        """What the portal knows of the broker."""
+        with self.transaction() as tx:
+            return brokers.get_broker(tx, self.name)
+
+    def newest(self) -> int:
+        """The newest generation of the portal."""
+        with self.transaction() as tx:
+            return generations.get_broker_state(tx).generation
+
+    def is_enforcing(self) -> bool:
+        """Whether the broker was seen to enforce the newest generation."""
+        return self.record().applied_generation == self.newest()
 
     def wait_enforced(self) -> None:
         """Wait until the broker was seen to enforce the newest generation."""
-        wait_until(lambda: self.row()["state"] == "enforced")
+        wait_until(self.is_enforcing)
 
     def here(self, device: Onboarded) -> Onboarded:
         """The device, as it connects to this broker."""
@@ -129,16 +155,9 @@ def edge_of(portal: Deployment, name: str = "edge", *, start: bool = True, **env
     except BaseException:
         if edge.log.exists():
             print(edge.log.read_text())
-        print(edge.broker.log)
         raise
     finally:
         edge.close()
-
-
-def pasted(command: str) -> list[str]:
-    """The arguments of the agent's command in what `portal broker add` prints."""
-    words = shlex.split(command)
-    return words[words.index("agent") + 1 :]
 
 
 def journal(edge: Edge) -> Path:

@@ -1,0 +1,315 @@
+"""An agent in this process, with a listener of a whole portal, and a stub in the place of the broker's guard."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from flask import Flask
+
+from app import portal_of
+from broker.guard.feed import Mark, Page
+from broker.guard.journal import read_access, read_position
+from broker_provisioning import BrokerProvisioning
+from config import Settings
+from core.broker_control import JOURNAL_FILE
+from core.errors import BrokerUnavailable, ClientCertificateRefused, ProjectionInvalid, StartupError, Unavailable
+from operations.agent import agent as agents
+from operations.agent.agent import Agent
+from operations.agent.folder import AgentFolder, Identity, State, settings_of, utc_seconds
+from operations.wiring import Portal
+from pki.algorithms import private_key_pem
+from pki.csr import new_request
+from store import brokers, generations
+from store.agents import AgentRecord, Given
+from store.scope import ALL_TENANTS
+from tests.support.guard_stub import GuardStub, journal_lines
+from tests.support.guarded import guarded_app
+from tests.support.harness import Clock
+from tests.support.links import Link
+from tests.support.mosquitto import short_folder
+from tests.support.ports import free_port
+from tests.workflows.test_admission import OPERATOR, request_of
+from web.agent_listener import AgentListener
+from workflows.agents import feed as feeds
+
+
+@pytest.fixture
+def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
+    port = free_port()
+    settings = make_settings(
+        PORTAL_BROKER_CONTROL="guard",
+        PORTAL_AGENTS_BIND=f"127.0.0.1:{port}",
+        PORTAL_AGENTS_URL=f"https://localhost:{port}",
+        PORTAL_ENFORCE_TIMEOUT="0.5",
+    )
+    with guarded_app(settings, clock, monkeypatch) as built:
+        yield built
+
+
+@pytest.fixture
+def portal(app: Flask) -> Iterator[Portal]:
+    portal, stopping = portal_of(app), threading.Event()
+    listener = AgentListener(portal)
+    thread = threading.Thread(target=listener.serve, args=(stopping,))
+    thread.start()
+    assert listener.listening.wait(10)
+    yield portal
+    stopping.set()
+    thread.join(10)
+
+
+class Place:
+    """A machine elsewhere: the agent's folder, and its broker."""
+
+    def __init__(self, portal: Portal, folder: Path, link: Link) -> None:
+        self.environment = {
+            "PORTAL_DATA_DIR": str(folder / "data"),
+            "PORTAL_ENFORCE_TIMEOUT": "5",
+        }
+        added = portal.agents.add(OPERATOR, "edge", "localhost:8883")
+        key = ec.generate_private_key(ec.SECP256R1())
+        said = portal.agents.join(added.code, new_request(key))
+        place = AgentFolder(folder / "data" / "agent")
+        place.path.parent.mkdir(mode=0o711)
+        url = f"https://localhost:{link.port}"
+        place.join(Identity(said.name, url), private_key_pem(key), said.chain, said.portal_ca, said.settings)
+
+    def agent(self, **environment: str) -> Agent:
+        """An agent that has just been started."""
+        settings, folder = settings_of({**self.environment, **environment})
+        agent = Agent(settings, folder)
+        agent.renew_certificates()
+        return agent
+
+    @property
+    def journal(self) -> Path:
+        return Path(self.environment["PORTAL_DATA_DIR"], "broker", JOURNAL_FILE)
+
+
+@pytest.fixture
+def link(portal: Portal) -> Iterator[Link]:
+    address = portal.settings.agents_bind
+    assert address is not None
+    with Link(address.port) as link:
+        yield link
+
+
+@pytest.fixture
+def place(portal: Portal, link: Link, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setattr(BrokerProvisioning, "probe", lambda *_arguments, **_options: None)
+    folder = short_folder(in_memory=True)
+    yield Place(portal, folder, link)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def guard(place: Place) -> Iterator[GuardStub]:
+    place.journal.parent.mkdir(parents=True, mode=0o700)
+    with GuardStub(place.journal.with_name("portal.sock"), place.journal) as guard:
+        yield guard
+
+
+def register(portal: Portal, number: int = 1) -> str:
+    return portal.registrations.register(OPERATOR, request_of(number, csr=False)).device_id
+
+
+def applied(portal: Portal) -> int:
+    with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        return brokers.get_broker(tx, "edge").applied_generation
+
+
+def newest(portal: Portal) -> int:
+    with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        return generations.get_broker_state(tx).generation
+
+
+def test_it_takes_in_what_there_is_proves_it_and_reports(portal: Portal, place: Place, guard: GuardStub) -> None:
+    devices = [register(portal, number) for number in range(3)]
+    agent = place.agent()
+    assert agent.follow(0)
+    access = read_access(place.journal)
+    assert [access[device] for device in devices] == [f"allow {device}" for device in devices]
+    assert applied(portal) == read_position(place.journal).generation == agent.state.mark.generation
+    assert not agent.follow(0)
+    portal.revocations.revoke(OPERATOR, devices[0], "unspecified")
+    assert agent.follow(0)
+    assert read_access(place.journal)[devices[0]] == f"deny {devices[0]}"
+    assert devices[0] in guard.clients  # its session was ended
+    assert applied(portal) == agent.state.mark.generation
+
+
+def test_a_broker_that_does_not_answer_is_reported_and_nothing_as_enforced(portal: Portal, place: Place) -> None:
+    agent = place.agent()
+    with pytest.raises(BrokerUnavailable):
+        agent.follow(0)
+    assert applied(portal) == 0
+    with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        assert "does not answer" in (brokers.get_broker(tx, "edge").problem or "")
+    with GuardStub(place.journal.with_name("portal.sock"), place.journal):
+        agent.look()
+    assert applied(portal) == read_position(place.journal).generation
+
+
+def test_who_must_be_cut_is_cut_once_the_broker_is_back(portal: Portal, place: Place, guard: GuardStub) -> None:
+    device, agent = register(portal), place.agent()
+    agent.follow(0)
+    guard.stopped = True
+    portal.revocations.revoke(OPERATOR, device, "unspecified")
+    before = applied(portal)
+    with pytest.raises(BrokerUnavailable):
+        agent.follow(0)
+    assert (applied(portal), device in guard.clients) == (before, False)
+    guard.stopped = False
+    again = place.agent()  # it was killed meanwhile
+    again.follow(0)
+    assert device in guard.clients
+    assert applied(portal) > before
+
+
+def test_a_page_that_is_cut_is_not_taken_in(
+    portal: Portal, place: Place, guard: GuardStub, link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = place.agent()
+    agent.follow(0)
+    before = place.journal.read_bytes()
+    for number in range(5):
+        register(portal, number)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(portal.agent_feed, "given", _lost)
+        with pytest.raises((ProjectionInvalid, Unavailable)):
+            agent.follow(0)
+    assert place.journal.read_bytes() == before
+    assert agent.follow(0)
+    assert applied(portal) == newest(portal)
+
+
+def _lost(*_arguments: object) -> None:
+    raise ConnectionResetError
+
+
+def test_a_new_journal_goes_on_where_the_link_was_lost(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [register(portal, number) for number in range(9)]
+    monkeypatch.setattr(feeds, "PAGE_DEVICES", 2)
+    agent, pages = place.agent(), list[int]()
+    make = portal.agent_feed.page
+
+    def counted(record: AgentRecord, start: Given) -> Page:
+        pages.append(start.generation)
+        return make(record, start)
+
+    monkeypatch.setattr(portal.agent_feed, "page", counted)
+    agent.follow(0)
+    agent.follow(0)
+    assert not place.journal.exists()  # it is not whole
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(portal.agent_feed, "given", _lost)
+        with pytest.raises((ProjectionInvalid, Unavailable)):
+            agent.follow(0)
+    while agent.follow(0):
+        pass
+    assert pages.count(0) == 1  # it did not begin again
+    assert len(pages) - len(set(pages)) == 1  # only the lost page was asked for twice
+    access = read_access(place.journal)
+    assert all(access[device] == f"allow {device}" for device in devices)
+    assert applied(portal) == newest(portal)
+
+
+def test_an_agent_without_its_state_begins_again(portal: Portal, place: Place, guard: GuardStub) -> None:
+    device, agent = register(portal), place.agent()
+    agent.follow(0)
+    epoch = read_position(place.journal).epoch
+    Path(place.environment["PORTAL_DATA_DIR"], "agent", "state.json").unlink()
+    again = place.agent()
+    again.follow(0)
+    assert read_position(place.journal).epoch > epoch
+    assert read_access(place.journal)[device] == f"allow {device}"
+
+
+def test_damaged_files_are_written_again(portal: Portal, place: Place, guard: GuardStub) -> None:
+    device, agent = register(portal), place.agent()
+    agent.follow(0)
+    place.journal.write_bytes(b"damaged")
+    agent.look()
+    assert agent.follow(0)
+    assert read_access(place.journal)[device] == f"allow {device}"
+    assert applied(portal) == newest(portal)
+
+
+def test_a_removed_agent_keeps_denying(portal: Portal, place: Place, guard: GuardStub) -> None:
+    device, agent = register(portal), place.agent()
+    portal.revocations.revoke(OPERATOR, device, "unspecified")
+    agent.follow(0)
+    with portal.database.transaction(sees=ALL_TENANTS) as tx:
+        brokers.remove_broker(tx, brokers.get_broker(tx, "edge"), at=portal.clock())
+    with pytest.raises(ClientCertificateRefused):
+        agent.follow(0)
+    assert read_access(place.journal)[device] == f"deny {device}"
+
+
+def test_without_the_portal_for_long_everybody_is_denied_until_it_is_heard_again(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = register(portal)
+    agent = place.agent(PORTAL_AGENT_DENY_ALL_AFTER="60")
+    agent.follow(0)
+    agent.look()
+    assert read_access(place.journal)
+    now = agents.boot_seconds()
+    monkeypatch.setattr(agents, "boot_seconds", lambda: now + 61)
+    agent.look()
+    assert read_access(place.journal) == {}
+    assert any(line.startswith("issuer ") for line in journal_lines(place.journal))  # else the guard decides nothing
+    assert guard.epoch == read_position(place.journal).epoch
+    assert agent.follow(0)
+    assert not agent.state.denies_all
+    assert read_access(place.journal)[device] == f"allow {device}"
+    agent.look()
+    assert read_access(place.journal)[device] == f"allow {device}"
+
+
+def test_a_portal_that_is_not_reached_is_a_sentence(place: Place, link: Link) -> None:
+    agent = place.agent()
+    link.__exit__(None, None, None)
+    with pytest.raises(Unavailable, match="The portal was not reached"):
+        agent.follow(0)
+
+
+def test_its_certificates_are_renewed_and_the_one_before_counts_no_more(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = place.agent()
+    agent.follow(0)
+    pair = Path(place.environment["PORTAL_DATA_DIR"], "agent", "agent.pem")
+    before = pair.read_bytes()
+    now = utc_seconds()
+    monkeypatch.setattr("operations.agent.certificates.utc_seconds", lambda: now + 70 * 86400)
+    agent.renew_certificates()
+    assert pair.read_bytes() != before
+    assert agent.follow(0)  # the next revoked probe certificate is a change
+    pair.write_bytes(before)
+    settings, folder = settings_of(place.environment)
+    with pytest.raises(ClientCertificateRefused):
+        Agent(settings, folder).follow(0)
+
+
+def test_who_has_not_joined_is_told_so(tmp_path: Path) -> None:
+    settings, folder = settings_of({"PORTAL_DATA_DIR": str(tmp_path)})
+    with pytest.raises(StartupError, match="has not joined"):
+        Agent(settings, folder)
+
+
+def test_what_an_agent_keeps_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = AgentFolder(tmp_path)
+    assert folder.state() == State()
+    state = State(Mark(7, "a" * 64), 1700000000.5, denies_all=True, problem="gone")
+    folder.keep_state(state)
+    assert folder.state() == state
+    (tmp_path / "state.json").write_text("{")
+    assert folder.state() == State()

@@ -1,0 +1,358 @@
+"""The listener for agents: who is let in, what each request may cost, and what is given and believed."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from flask import Flask
+
+from app import portal_of
+from broker.guard.feed import PageReader, ReadPage, split_lines
+from config import Settings
+from operations.wiring import Portal
+from pki.algorithms import private_key_pem
+from pki.csr import new_request
+from store import brokers
+from store.scope import ALL_TENANTS
+from tests.support.guarded import guarded_app
+from tests.support.harness import Clock
+from tests.support.pki import PEM, Authority
+from tests.support.ports import free_port
+from tests.workflows.agents.test_agents import der
+from tests.workflows.test_admission import OPERATOR, request_of
+from web import agent_listener
+from web.agent_listener import AgentListener
+from workflows.agents.agents import AgentCertificate
+
+
+class Agent(NamedTuple):
+    """An agent that has joined: what it connects with, and its certificate (DER)."""
+
+    context: ssl.SSLContext
+    certificate: bytes
+
+
+class Server:
+    """A running listener, and clients of it."""
+
+    def __init__(self, portal: Portal, folder: Path) -> None:
+        self.portal, self.folder = portal, folder
+        self.listener = AgentListener(portal)
+        self._number = 0
+
+    @property
+    def address(self) -> tuple[str, int]:
+        address = self.portal.settings.agents_bind
+        assert address is not None
+        return address.host, address.port
+
+    def context(self, key: ec.EllipticCurvePrivateKey | None = None, chain: str = "") -> ssl.SSLContext:
+        """What a client connects with that has a certificate, or none."""
+        context = ssl.create_default_context(cadata=self.portal.agents.portal_ca)
+        if key is not None:
+            self._number += 1
+            pair = self.folder / f"pair-{self._number}.pem"
+            pair.write_bytes(private_key_pem(key) + chain.encode())
+            context.load_cert_chain(pair)
+        return context
+
+    def agent(self, name: str = "edge") -> Agent:
+        """An agent that has joined."""
+        key = new_key()
+        added = self.portal.agents.add(OPERATOR, name, "edge.example.org")
+        chain = self.portal.agents.join(added.code, new_request(key)).chain
+        return Agent(self.context(key, chain), der(chain))
+
+    def certified(self, agent: Agent, kind: AgentCertificate) -> ssl.SSLContext:
+        """What a client connects with that has a certificate of another kind."""
+        key = new_key()
+        record = self.portal.agents.shown(agent.certificate)
+        chains = self.portal.agents.certify(record, {kind: new_request(key)}).chains
+        return self.context(key, chains[kind])
+
+    @contextmanager
+    def connected(self, context: ssl.SSLContext) -> Iterator[http.client.HTTPSConnection]:
+        connection = http.client.HTTPSConnection(*self.address, timeout=30, context=context)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def ask(self, context: ssl.SSLContext, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        with self.connected(context) as connection:
+            return ask(connection, method, path, body)
+
+    def tls(self, agent: Agent) -> ssl.SSLSocket:
+        """A bare connection of an agent's."""
+        return agent.context.wrap_socket(socket.create_connection(self.address, 30), server_hostname=self.address[0])
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def ask(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    connection.request(method, path, None if body is None else json.dumps(body))
+    answer = connection.getresponse()
+    content = answer.read()
+    return answer.status, json.loads(content) if "json" in answer.headers["Content-Type"] else content
+
+
+def page_of(content: bytes) -> ReadPage:
+    reader = PageReader()
+    for line in split_lines([content]):
+        reader.read(line)
+    assert reader.page is not None
+    return reader.page
+
+
+def is_ended(client: socket.socket) -> bool:
+    """Whether the server ends a connection without an answer."""
+    try:
+        return client.recv(1) == b""
+    except (ssl.SSLError, ConnectionError):
+        return True
+
+
+@pytest.fixture
+def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
+    settings = make_settings(
+        PORTAL_BROKER_CONTROL="guard", PORTAL_AGENTS_BIND=f"127.0.0.1:{free_port()}", PORTAL_REQUEST_TIMEOUT="1"
+    )
+    with guarded_app(settings, clock, monkeypatch) as built:
+        yield built
+
+
+@pytest.fixture
+def server(app: Flask, tmp_path: Path) -> Iterator[Server]:
+    running, stopping = Server(portal_of(app), tmp_path), threading.Event()
+    thread = threading.Thread(target=running.listener.serve, args=(stopping,))
+    thread.start()
+    assert running.listener.listening.wait(10)
+    yield running
+    stopping.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+CHANGES, REPORT = "/broker-agents/changes", "/broker-agents/report"
+
+
+# --- Who is let in ---------------------------------------------------------------------------------------------------
+
+
+def refused_by_tls(server: Server, context: ssl.SSLContext) -> bool:
+    try:
+        server.ask(context, "GET", CHANGES)
+    except (ssl.SSLError, ConnectionError):
+        return True
+    return False
+
+
+def test_an_agent_is_answered(server: Server) -> None:
+    status, content = server.ask(server.agent().context, "GET", CHANGES)
+    assert status == 200
+    assert page_of(content).since == 0
+
+
+def test_who_shows_no_certificate_is_refused_by_tls(server: Server) -> None:
+    assert refused_by_tls(server, server.context())
+
+
+def test_a_certificate_of_another_ca_is_refused_by_tls(server: Server) -> None:
+    other = Authority("Other").issue("agent+edge")
+    assert isinstance(other.key, ec.EllipticCurvePrivateKey)
+    assert refused_by_tls(server, server.context(other.key, other.certificate.public_bytes(PEM).decode()))
+
+
+def test_the_certificate_of_a_broker_is_refused_by_tls(server: Server) -> None:
+    assert refused_by_tls(server, server.certified(server.agent(), AgentCertificate.SERVER))
+
+
+def test_a_certificate_like_that_of_a_device_is_refused(server: Server) -> None:
+    context = server.certified(server.agent(), AgentCertificate.GOOD)  # named by a UUID, and of the same CA
+    status, problem = server.ask(context, "GET", CHANGES)
+    assert (status, problem["code"]) == (403, "client_certificate_refused")
+
+
+def test_a_removed_agent_is_refused_with_its_next_request(server: Server) -> None:
+    with server.connected(server.agent().context) as connection:
+        assert ask(connection, "GET", CHANGES)[0] == 200
+        with server.portal.database.transaction(sees=ALL_TENANTS) as tx:
+            brokers.remove_broker(tx, brokers.get_broker(tx, "edge"), at=server.portal.clock())
+        status, problem = ask(connection, "GET", CHANGES)
+        assert (status, problem["code"]) == (403, "client_certificate_refused")
+
+
+def test_an_agent_that_was_removed_while_it_waited_is_given_nothing(server: Server) -> None:
+    agent, answers = server.agent(), list[tuple[int, Any]]()
+    page = page_of(server.ask(agent.context, "GET", CHANGES)[1])
+    names = server.portal.agent_feed.names()
+    path = f"{CHANGES}?since={page.mark.generation}&digest={page.mark.digest}&cas={names.cas}&crls={names.crls}&wait=30"
+    waiting = threading.Thread(target=lambda: answers.append(server.ask(agent.context, "GET", path)))
+    waiting.start()
+    with server.portal.database.transaction(sees=ALL_TENANTS) as tx:
+        brokers.remove_broker(tx, brokers.get_broker(tx, "edge"), at=server.portal.clock())
+    server.portal.registrations.register(OPERATOR, request_of(1, csr=False))
+    waiting.join(20)
+    assert [status for status, _ in answers] == [403]
+
+
+# --- What it is given, and what is believed ---------------------------------------------------------------------------
+
+
+def test_a_report_of_the_page_that_was_given_is_believed(server: Server) -> None:
+    with server.connected(server.agent().context) as connection:
+        mark = page_of(ask(connection, "GET", CHANGES)[1]).mark
+        assert ask(connection, "POST", REPORT, {"generation": mark.generation, "digest": mark.digest})[0] == 200
+    with server.portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        assert brokers.get_broker(tx, "edge").applied_generation == mark.generation
+
+
+def test_a_page_whose_last_line_was_not_sent_was_not_given(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_arguments: object) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(server.portal.agent_feed, "given", lost)
+    agent = server.agent()
+    with pytest.raises(http.client.IncompleteRead) as cut:
+        server.ask(agent.context, "GET", CHANGES)
+    content = cut.value.partial
+    assert content.startswith(b"changes 0 ")
+    body = {"generation": server.portal.reconciler.applied_generation(), "digest": sha256(content).hexdigest()}
+    assert server.ask(agent.context, "POST", REPORT, body)[0] == 409
+
+
+def test_who_waits_is_answered_once_something_changes(server: Server) -> None:
+    agent, answers = server.agent(), list[tuple[int, Any]]()
+    mark, names = page_of(server.ask(agent.context, "GET", CHANGES)[1]).mark, server.portal.agent_feed.names()
+    path = f"{CHANGES}?since={mark.generation}&digest={mark.digest}&cas={names.cas}&crls={names.crls}&wait=60"
+    waiting = threading.Thread(target=lambda: answers.append(server.ask(agent.context, "GET", path)))
+    waiting.start()
+    device = server.portal.registrations.register(OPERATOR, request_of(1, csr=False)).device_id
+    waiting.join(30)
+    [(status, content)] = answers
+    assert status == 200
+    assert f"allow {device}".encode() in content
+
+
+def test_the_cas_and_crls_have_the_names_that_pages_tell(server: Server) -> None:
+    with server.connected(server.agent().context) as connection:
+        connection.request("GET", "/broker-agents/trust")
+        answer = connection.getresponse()
+        said, tag = json.loads(answer.read()), answer.headers["ETag"]
+        page = page_of(ask(connection, "GET", CHANGES)[1])
+    assert tag == f'"{page.names.cas}{page.names.crls}"'
+    assert {"ca", "crl", "tenants", "portal_ca", "settings"} == said.keys()
+
+
+# --- What it may cost ------------------------------------------------------------------------------------------------
+
+
+def test_who_does_not_begin_a_handshake_is_ended(server: Server) -> None:
+    with socket.create_connection(server.address, 30) as silent:
+        assert is_ended(silent)
+
+
+def test_a_request_that_does_not_arrive_is_ended(server: Server) -> None:
+    with server.tls(server.agent()) as slow:
+        slow.sendall(b"GET /broker-agents/changes HTTP/1.1\r\nX-Slow: ")
+        assert is_ended(slow)
+
+
+def test_a_request_that_arrives_byte_by_byte_is_ended(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_listener, "IDLE_SECONDS", 1.0)
+    with server.tls(server.agent()) as slow:
+        slow.settimeout(0.05)
+        ended = False
+        for _ in range(600):
+            try:
+                slow.sendall(b"x")
+                ended = slow.recv(1) == b""
+            except TimeoutError:
+                continue
+            except (ssl.SSLError, ConnectionError):
+                ended = True
+            if ended:
+                break
+        assert ended
+
+
+def test_more_connections_than_there_may_be_are_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = server.agent()
+    monkeypatch.setattr(agent_listener, "MAX_CONNECTIONS", 1)
+    with server.connected(agent.context) as connection:
+        assert ask(connection, "GET", CHANGES)[0] == 200
+        with socket.create_connection(server.address, 30) as further:
+            assert is_ended(further)
+        assert ask(connection, "GET", CHANGES)[0] == 200
+
+
+def test_an_agent_has_a_few_requests_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_listener, "MAX_OF_AGENT", 1)
+    agent, other = server.agent(), server.agent("other")
+    record = server.portal.agents.shown(agent.certificate)
+    with server.listener.counted(record):
+        assert server.ask(agent.context, "GET", CHANGES)[0] == 503
+        assert server.ask(other.context, "GET", CHANGES)[0] == 200
+    assert server.ask(agent.context, "GET", CHANGES)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/broker-agents/elsewhere", None, 404),
+        ("GET", "/devices", None, 404),
+        ("POST", CHANGES, {}, 404),
+        ("GET", f"{CHANGES}?since=-1", None, 422),
+        ("GET", f"{CHANGES}?since={'9' * 30}", None, 422),
+        ("GET", f"{CHANGES}?digest=xyz", None, 422),
+        ("GET", f"{CHANGES}?wait=1e9", None, 422),
+        ("POST", REPORT, [], 400),
+        ("POST", REPORT, {}, 422),
+        ("POST", REPORT, {"generation": True, "digest": "0" * 64}, 422),
+        ("POST", REPORT, {"generation": 1, "digest": 7}, 422),
+        ("POST", REPORT, {"generation": 1, "digest": "", "problem": 7}, 422),
+        ("POST", REPORT, {"generation": 1, "digest": "", "problem": "x" * 3000}, 422),
+        ("POST", REPORT, {"generation": 1, "digest": "0" * 64}, 409),
+        ("POST", REPORT, {"generation": 0, "digest": ""}, 409),
+        ("POST", "/broker-agents/certificates", {}, 422),
+        ("POST", "/broker-agents/certificates", {"root": "x"}, 422),
+        ("POST", "/broker-agents/certificates", {"agent": "x"}, 422),
+        ("POST", "/broker-agents/certificates", {"agent": ["x"]}, 422),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(
+    server: Server, method: str, path: str, body: Any, status: int
+) -> None:
+    answer, problem = server.ask(server.agent().context, method, path, body)
+    assert answer == status
+    assert problem["detail"].endswith(".")
+    assert "Traceback" not in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"Content-Length: 999999\r\n\r\n", b"413"),
+        (b"Content-Length: -1\r\n\r\n", b"400"),
+        (b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"400"),
+        (b"Content-Length: 1\r\n\r\n{", b"400"),
+        (b"Content-Length: 100000\r\n\r\n" + b"[" * 100000, b"400"),
+    ],
+)
+def test_a_body_has_a_length_and_is_json(server: Server, head: bytes, status: bytes) -> None:
+    with server.tls(server.agent()) as client:
+        client.sendall(b"POST /broker-agents/report HTTP/1.1\r\nHost: x\r\n" + head)
+        assert client.recv(12)[9:] == status
