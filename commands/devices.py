@@ -40,6 +40,11 @@ def _connection_flag(name: str, what: str) -> Callable[[Any], Any]:
     return click.option(name, is_flag=True, expose_value=False, callback=_only_one, help=what)
 
 
+connection_options = option_group(
+    _connection_flag("--connected", "Only devices that are connected to the broker now."),
+    _connection_flag("--offline", "Only devices seen before that are not connected."),
+    _connection_flag("--never-seen", "Only devices that were never connected."),
+)
 # The options that select devices, named as the portal names them.
 filter_options = option_group(
     click.option("--status", type=click.Choice(STATUSES), help="Only devices with this status."),
@@ -62,9 +67,7 @@ filter_options = option_group(
     click.option("--profile", type=ProfileName(), metavar="NAME", help="Only devices with this certificate profile."),
     click.option("--group", type=GroupName(), metavar="NAME", help="Only devices of this group."),
     click.option("--attested", type=click.Choice(VERDICTS), help="Only devices with this verdict on their evidence."),
-    _connection_flag("--connected", "Only devices that are connected to the broker now."),
-    _connection_flag("--offline", "Only devices seen before that are not connected."),
-    _connection_flag("--never-seen", "Only devices that were never connected."),
+    connection_options,
 )
 
 SORTS = {

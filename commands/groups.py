@@ -9,12 +9,12 @@ import click
 
 from commands.context import YES, Remote, command, confirm, option_group, topics_from
 from commands.context import group as command_group
-from commands.devices import STATUSES, VERDICTS, topics_in_words
+from commands.devices import STATUSES, VERDICTS, connection_options, topics_in_words
 from commands.enrolment import ATTESTATION_HELP, policy_from
 from commands.many import AT_ONCE, named_devices
 from commands.names import DEVICE, GroupName, ProfileName
 from commands.output import Cell, text
-from commands.times import VALIDITY
+from commands.times import VALIDITY, Span
 
 NAME = click.argument("name", type=GroupName(), help="Name of the group.")
 MEMBERS = click.argument(
@@ -37,6 +37,14 @@ saved_filter_options = option_group(
     click.option("--metadata", metavar="KEY=VALUE", help="Devices with this value in their metadata."),
     click.option("--profile", type=ProfileName(), metavar="NAME", help="Devices with this certificate profile."),
     click.option("--attested", type=click.Choice(VERDICTS), help="Devices with this verdict on their evidence."),
+    click.option(
+        "--expires-within",
+        "expires_within_days",
+        type=Span("d", 36500),
+        metavar="DURATION",
+        help="Devices whose certificate ends within so many days, such as 30d.",
+    ),
+    connection_options,
 )
 
 
@@ -96,7 +104,7 @@ def group_add(
     description: str | None,
     topics: tuple[str, ...],
     validity_days: int | None,
-    **conditions: str | None,
+    **conditions: str | int | None,
 ) -> None:
     """Add a group of devices.
 
@@ -141,7 +149,7 @@ def group_update(
     no_validity: bool,
     attestation: str | None,
     no_attestation: bool,
-    **conditions: str | None,
+    **conditions: str | int | None,
 ) -> None:
     """Change a group.
 

@@ -336,7 +336,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         attestation_policies=AttestationPolicies(database),
         reappraisals=Reappraisals(database, clock),
         inventory=Inventory(
-            settings, database, tenant_terms, reconciler.crls.sign_put_off, follower.contact, base.broker
+            settings, database, tenant_terms, reconciler.crls.sign_put_off, follower.contact, base.broker, clock
         ),
         overviews=Overviews(database, clock),
         operators=(operators := Operators(database, shared.throttle, clock, answers)),

@@ -99,6 +99,7 @@ class Inventory:
     _sign_crls: Callable[[], None]
     _contact: ContactFile
     _broker: BrokerProvisioning
+    _clock: Callable[[], datetime]
     _crls: dict[int, tuple[CrlHead, CrlRecord]] = field(init=False, default_factory=dict)  # by issuer, as read last
 
     def device(self, tenant_id: str, device_id: str, *, kind: ClientKind = ClientKind.DEVICE) -> DeviceDetails:
@@ -168,23 +169,24 @@ class Inventory:
         Raises ``NotFound`` for a group, ``InputInvalid`` for a cursor that no page of this list gave; ``GuardNeeded``
         and ``BrokerUnavailable`` if ``wanted`` asks who is connected, and that is never known, or not known now.
         """
-        after = None if cursor is None else _read_cursor(cursor, tenant_id, wanted)
-        contact = self._known_contact(wanted)  # first: what is read then is at least as new
+        contact = self._contact.read()  # first: what is read then is at least as new
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            inner = expanded(tx, tenant_id, wanted)
+            inner = self._expanded(tx, tenant_id, wanted, contact)
+            after = None if cursor is None else _read_cursor(cursor, tenant_id, wanted, inner)
             found = store_devices.list_devices(tx, tenant_id, inner, limit=limit + 1, after=after)
             page, next_place = found.devices[:limit], found.end
             if len(found.devices) > limit:
-                next_place = place_of(page[-1], wanted)
+                next_place = place_of(page[-1], inner)
             cursor = None if next_place is None else _make_cursor(next_place, tenant_id, wanted)
             return self._page(tx, tenant, page, contact, cursor)
 
-    def _known_contact(self, wanted: DeviceFilter) -> Contact:
-        contact = self._contact.read()
-        if wanted.connected is not None and not contact.is_current:
+    def _expanded(self, tx: Connection, tenant_id: str, wanted: DeviceFilter, contact: Contact) -> DeviceFilter:
+        """Return a filter with what its group stands for; raises if it asks who is connected, and that is not known."""
+        inner = expanded(tx, tenant_id, wanted, now=self._clock())
+        if inner.connected is not None and not contact.is_current:
             raise _not_known(self._settings)
-        return contact
+        return inner
 
     def _page(
         self, tx: Connection, tenant: TenantTerms, page: Sequence[ListedDevice], contact: Contact, cursor: str | None
@@ -214,10 +216,10 @@ class Inventory:
 
         Of them those that are ``wanted``. Raises ``GuardNeeded`` and ``BrokerUnavailable`` as ``devices`` does.
         """
-        contact = self._known_contact(wanted)
+        contact = self._contact.read()
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            found = self._meant(tx, tenant_id, text, expanded(tx, tenant_id, wanted))
+            found = self._meant(tx, tenant_id, text, self._expanded(tx, tenant_id, wanted, contact))
             return self._page(tx, tenant, found[:limit], contact, None)
 
     def _meant(self, tx: Connection, tenant_id: str, text: str, wanted: DeviceFilter) -> list[ListedDevice]:
@@ -230,10 +232,10 @@ class Inventory:
         Of the names those count that follow the text in the index of names and have it in them: of a fleet of any size,
         those that begin so. Raises as ``named`` does.
         """
-        contact = self._known_contact(wanted)
+        contact = self._contact.read()
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            inner = expanded(tx, tenant_id, wanted)
+            inner = self._expanded(tx, tenant_id, wanted, contact)
             found = {one.device.id: one for one in self._meant(tx, tenant_id, text, inner)}
             by_name = dataclasses.replace(inner, q=text, sort=ListOrder.NAME)
             before = (text, datetime.min.replace(tzinfo=UTC), "")  # each device of this very name comes after it
@@ -304,14 +306,14 @@ def _make_cursor(place: Place, tenant_id: str, wanted: DeviceFilter) -> str:
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
-def _read_cursor(cursor: str, tenant_id: str, wanted: DeviceFilter) -> Place:
+def _read_cursor(cursor: str, tenant_id: str, wanted: DeviceFilter, inner: DeviceFilter) -> Place:
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
         order, digest, *lead, at, device_id = json.loads(text)
         time = datetime.fromisoformat(at).astimezone(UTC)
         if order != wanted.order or digest != _digest(tenant_id, wanted) or not is_device_id(device_id):
             raise ValueError("not of the form that a page gives")
-        return *_read_lead(lead, wanted), time, device_id
+        return *_read_lead(lead, inner), time, device_id
     except (ValueError, TypeError, OverflowError, RecursionError):
         problem = FieldProblem("cursor", "must be the next_cursor of the page before, of the same filters and sort")
         raise InputInvalid(

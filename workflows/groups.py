@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any
 
@@ -29,6 +29,7 @@ from core.errors import (
     StateConflict,
 )
 from core.failpoints import failpoint
+from core.states import PresenceState
 from core.topics import Access, Topic, default_topics, reads_less
 from store import groups
 from store.audit import Actor
@@ -42,6 +43,12 @@ from workflows.memberships import SET_FOR_MEMBERS, check_admin, record_change, s
 from workflows.reconciliation import Reconciler
 from workflows.tenants import TenantDirectory, TenantTerms
 
+EXPIRES_WITHIN_DAYS = "expires_within_days"  # a condition of a saved filter, which counts from when it is asked
+CONNECTED = {
+    "true": PresenceState.CONNECTED,
+    "false": PresenceState.OFFLINE,
+    "never": PresenceState.NEVER_SEEN,
+}
 MAX_GROUPS = 1000  # of a tenant
 CHANGED_AT_ONCE = 1000  # members, each of which is a parameter of a statement
 Pairs = Sequence[tuple[str, str]]
@@ -292,9 +299,10 @@ def _shown(group: GroupRecord) -> dict[str, Any]:
 # --- What a group stands for in a filter -----------------------------------------------------------------------------
 
 
-def expanded(tx: Connection, tenant_id: str, wanted: DeviceFilter) -> DeviceFilter:
-    """Return a filter with what its group stands for: members, or the conditions of its saved filter.
+def expanded(tx: Connection, tenant_id: str, wanted: DeviceFilter, *, now: datetime) -> DeviceFilter:
+    """Return a filter with what its group stands for: members, or the conditions of its saved filter, ``now``.
 
+    The order stays, whatever the group's conditions are; of two times before which certificates end the earlier counts.
     Raises ``NotFound``, and ``InputInvalid`` for a condition that the saved filter has with another value.
     """
     if wanted.group is None:
@@ -302,8 +310,16 @@ def expanded(tx: Connection, tenant_id: str, wanted: DeviceFilter) -> DeviceFilt
     group = groups.get_group(tx, tenant_id, wanted.group)
     if group.filter is None:
         return dataclasses.replace(wanted, member_of=group.id)
-    for name, value in group.filter.items():
+    saved: dict[str, Any] = {**group.filter}
+    if (days := saved.pop(EXPIRES_WITHIN_DAYS, None)) is not None:
+        until = now + timedelta(days=days)
+        wanted = dataclasses.replace(
+            wanted, expires_before=min(until, wanted.expires_before or until), sort=wanted.order
+        )
+    if (connected := saved.get("connected")) is not None:
+        saved["connected"] = CONNECTED[connected]
+    for name, value in saved.items():
         if getattr(wanted, name) not in (None, value):
             rule = f"is another one in the filter of the group {group.name}; leave it out"
             raise InputInvalid(f"{name} {rule}.", [FieldProblem(name, rule)])
-    return dataclasses.replace(wanted, **group.filter)
+    return dataclasses.replace(wanted, **saved, sort=wanted.order)

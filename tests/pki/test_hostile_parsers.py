@@ -67,7 +67,7 @@ def test_a_query_fits_or_is_refused(query: dict[str, str]) -> None:
 )
 def test_a_cursor_leads_to_a_place_or_is_refused(cursor: str, wanted: DeviceFilter) -> None:
     with contextlib.suppress(InputInvalid):
-        *states, at, device_id = _read_cursor(cursor, "default", wanted)
+        *states, at, device_id = _read_cursor(cursor, "default", wanted, wanted)
         assert len(states) == (wanted.sort is not None)
         assert at.tzinfo is UTC
         assert at <= datetime.max.replace(tzinfo=UTC)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from core.roles import Permission
-from core.states import AttestationVerdict, DeviceStatus, PresenceState, renewable_from
+from core.states import AttestationVerdict, DeviceStatus, renewable_from
 from core.topics import Access
 from pki.csr import read_csr
 from pki.profiles import DEFAULT
@@ -42,13 +42,8 @@ from web.api.fields import (
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
 from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails, Page
+from workflows.groups import CONNECTED
 from workflows.presence import DeviceConnection, connection_of
-
-_CONNECTED = {
-    "true": PresenceState.CONNECTED,
-    "false": PresenceState.OFFLINE,
-    "never": PresenceState.NEVER_SEEN,
-}
 
 ROUTES = Routes("Devices")
 
@@ -392,7 +387,7 @@ def list_devices(call: Call, query: DeviceQuery) -> DevicePage:
     inventory, tenant_id = call.portal.inventory, call.actor.tenant_id
     filters = DeviceFilter(
         **query.model_dump(exclude={"limit", "cursor", "connected", "named"}),
-        connected=None if query.connected is None else _CONNECTED[query.connected],
+        connected=None if query.connected is None else CONNECTED[query.connected],
     )
     if query.named is not None:
         return _page(call, inventory.named(tenant_id, query.named, filters, limit=query.limit))

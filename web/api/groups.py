@@ -52,6 +52,15 @@ class SavedFilter(RequestModel):
     metadata: MetadataPair | None = None
     profile: ProfileName | None = None
     attested: Literal["passed", "failed", "outdated", "none"] | None = None
+    connected: Literal["true", "false", "never"] | None = None
+    expires_within_days: (
+        Annotated[
+            int,
+            Field(ge=1, le=36500, description="Whose certificate ends within so many days of the request"),
+            WholeNumber,
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _not_all(self) -> Self:
@@ -60,7 +69,7 @@ class SavedFilter(RequestModel):
         return self
 
     @property
-    def conditions(self) -> dict[str, str]:
+    def conditions(self) -> dict[str, Any]:
         """Its conditions, by their names."""
         return self.model_dump(exclude_none=True)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 from pydantic import Field
@@ -15,7 +15,6 @@ from werkzeug.datastructures import MultiDict
 
 from core.errors import InputInvalid, StateConflict
 from core.roles import Permission
-from core.states import PresenceState
 from store.devices import DeviceFilter, DeviceRecord
 from store.groups import GroupRecord
 from web.api.fields import Cursor, Description, GroupName, Place, ProfileName, ShortText, StatusName
@@ -25,6 +24,7 @@ from web.console.formats import csv_line, rfc_3339
 from web.console.pages import Moved, Pages, Sent, Shown, Visit
 from web.console.registration import new_once
 from workflows.devices import Page
+from workflows.groups import CONNECTED, EXPIRES_WITHIN_DAYS
 from workflows.presence import DeviceConnection, connection_of
 
 PAGES = Pages()
@@ -33,11 +33,6 @@ PER_PAGE = 50
 _PREFIX = "filter_"  # of a filter's fields, where they are in a form with others
 CSV_AT_ONCE = 200
 SEARCH_SECONDS = 0.2  # after which a page shows what was found so far, and leads on
-_CONNECTED = {
-    "true": PresenceState.CONNECTED,
-    "false": PresenceState.OFFLINE,
-    "never": PresenceState.NEVER_SEEN,
-}
 _COLUMNS = (
     "device_id", "name", "external_id", "type", "location", "firmware", "status", "created_at", "expires_at",
     "last_seen",
@@ -70,10 +65,12 @@ class FleetQuery(RequestModel):
         return bool(self.given.keys() - {"sort"})
 
     @property
-    def conditions(self) -> dict[str, str] | None:
-        """What can be saved as a filter; ``None`` if that is nothing, or not all of it, or is a saved one already."""
-        narrowed = {name: value for name, value in self.given.items() if name != "sort"}
-        return narrowed if narrowed and narrowed.keys() <= SavedFilter.model_fields.keys() else None
+    def conditions(self) -> dict[str, Any]:
+        """What can be saved as a filter, beside what the group stands for; empty for nothing."""
+        narrowed: dict[str, Any] = {**self.given}
+        within = narrowed.pop("expires_within", None)
+        found = {name: value for name, value in narrowed.items() if name in SavedFilter.model_fields}
+        return found if within is None else {**found, EXPIRES_WITHIN_DAYS: int(within)}
 
 
 class RemoveForm(RequestModel):
@@ -133,11 +130,16 @@ def save_filter(visit: Visit) -> Moved:
     query = read_fields(FleetQuery, MultiDict([(name.removeprefix(_PREFIX), value) for name, value in others]))
     if not isinstance(form, SaveForm) or not isinstance(query, FleetQuery):
         raise TypeError("a model validates to itself")
-    if query.conditions is None:
-        raise InputInvalid("These filters cannot be saved: leave out connection, expiry and group.", [])
-    saved = visit.portal.groups.add(
-        visit.actor, form.name, form.description, saved=query.conditions, topics=None, validity_days=None
-    )
+    groups, conditions = visit.portal.groups, query.conditions
+    if query.group is not None:
+        within = groups.group(visit.actor.tenant_id, query.group).filter
+        if within is None:
+            text = f"The group {query.group} has members, which no filter can stand for: add the devices to a group."
+            raise InputInvalid(text, [])
+        conditions = {**within, **conditions}
+    if not conditions:
+        raise InputInvalid("There is nothing to save: narrow the list by a filter or a search first.", [])
+    saved = groups.add(visit.actor, form.name, form.description, saved=conditions, topics=None, validity_days=None)
     return Moved(f"{FLEET}?{urlencode({'group': saved.name})}")
 
 
@@ -177,7 +179,7 @@ def filter_of(visit: Visit, query: FleetQuery) -> DeviceFilter:
         group=query.group,
         attested=query.attested,
         sort=query.sort,
-        connected=None if query.connected is None else _CONNECTED[query.connected],
+        connected=None if query.connected is None else CONNECTED[query.connected],
         expires_before=None if within is None else visit.now + timedelta(days=int(within)),
     )
 

@@ -11,7 +11,7 @@ from flask import Flask
 
 from app import portal_of
 from store.generations import narrowed_since
-from tests.support.harness import Api, csr_pem, problem_of
+from tests.support.harness import Api, Clock, csr_pem, problem_of
 from workflows import groups, memberships
 
 NOBODY = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
@@ -146,6 +146,31 @@ def test_a_saved_filter_finds_what_fits_now(api: Api) -> None:
     assert sorted(listed(api, "group=hall-7&type=pump")) == sorted(ids[1:])
     answer = api.get("/devices?group=hall-7&type=valve")
     assert problem_of(answer, 422, "invalid_input")["errors"][0]["field"] == "type"
+
+
+def test_a_saved_expiry_counts_from_when_it_is_asked_for_and_keeps_order_and_pages(api: Api, clock: Clock) -> None:
+    added(api, "soon", filter={"expires_within_days": 30})
+    assert api.get("/groups/soon").json["filter"]["expires_within_days"] == 30
+    ids = [api.register(validity_days=days)["device_id"] for days in (20, 25, 40, 10)]
+    assert listed(api, "group=soon") == [ids[3], ids[1], ids[0]]  # newest first
+    assert listed(api, "group=soon&sort=expires") == [ids[3], ids[0], ids[1]]
+    first = api.get("/devices?group=soon&limit=2").json
+    clock.advance(minutes=1)
+    rest = api.get(f"/devices?group=soon&limit=2&cursor={first['next_cursor']}").json
+    assert [one["device_id"] for one in [*first["devices"], *rest["devices"]]] == [ids[3], ids[1], ids[0]]
+    sooner = (clock() + timedelta(days=15)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert listed(api, f"group=soon&expires_before={sooner}") == [ids[3]]
+    clock.advance(days=15)
+    assert listed(api, "group=soon") == [ids[3], ids[2], ids[1], ids[0]]
+    for days in (0, 36501, "30", 1.5, None):
+        assert api.post("/groups", {"name": "x", "filter": {"expires_within_days": days}}).status_code == 422, days
+
+
+def test_a_saved_connection_is_refused_where_it_is_not_known_who_is_connected(api: Api) -> None:
+    added(api, "offline", filter={"connected": "false"})
+    problem_of(api.get("/devices?group=offline"), 409, "guard_needed")
+    action = {"action": "suspend", "filter": {"group": "offline"}}
+    problem_of(api.post("/devices/actions", action), 409, "guard_needed")
 
 
 def test_a_filter_has_no_members_and_sets_nothing(api: Api) -> None:

@@ -295,6 +295,7 @@ def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, a
         portal.reconciler.crls.sign_put_off,
         portal.follower.contact,
         portal.broker,
+        portal.clock,
     )
     first = worker.crl(portal_of(app).authority.first.issuing.id)
     assert worker.crl(portal_of(app).authority.first.issuing.id) is first

@@ -18,6 +18,7 @@ from core.roles import Role
 from store.tables import Device
 from tests.support.browser import Browser, text_of
 from tests.support.harness import ON_SQLITE, Api
+from web.api.groups import SavedFilter
 from web.console import fleet
 
 pytestmark = ON_SQLITE
@@ -30,6 +31,7 @@ STORED = [
     "漢" * 128,
 ]
 HIDDEN = "abc\u202egnp.exe\u2066\u200f"
+EMPTY = dict.fromkeys(SavedFilter.model_fields)
 
 
 def names(page: str) -> list[str]:
@@ -190,7 +192,6 @@ def test_a_filter_is_saved_under_a_name_found_by_it_and_removed(api: Api, browse
     api.register(name="a", type="pump", location="hall 1")
     api.register(name="b", type="valve", location="hall 1")
     assert "Save this filter" not in browser.get("/ui/devices").text
-    assert "Save this filter" not in browser.get("/ui/devices?connected=never&type=pump").text
     assert "Save this filter" in browser.get("/ui/devices?type=pump").text
     form = {"name": "pumps", "description": "all <b>", "filter_type": "pump", "filter_location": "hall 1"}
     answer = browser.post("/ui/devices/filters", form)
@@ -200,11 +201,44 @@ def test_a_filter_is_saved_under_a_name_found_by_it_and_removed(api: Api, browse
     assert "pumps (saved filter)" in page
     assert "all &lt;b&gt;" in page
     assert browser.post("/ui/devices/filters", form).status_code == 409
-    for wrong in ({"name": "Not a name"}, {"filter_connected": "true"}, {"filter_group": "pumps"}):
+    for wrong in ({"name": "Not a name"}, {"filter_connected": "yes"}, {"filter_sort": "colour"}):
         assert browser.post("/ui/devices/filters", form | {"name": "other"} | wrong).status_code == 422, wrong
     assert browser.post("/ui/devices/filters", {"name": "all"}).status_code == 422
     assert browser.post("/ui/devices/filters/remove", {"group": "pumps"}).status_code == 303
     assert browser.get("/ui/devices?group=pumps").status_code == 404
+
+
+def test_all_that_the_list_is_filtered_by_is_saved(api: Api, browser: Browser) -> None:
+    soon, late = (api.register(type="pump", validity_days=days)["device_id"] for days in (20, 300))
+    page = browser.get("/ui/devices?expires_within=30&type=pump").text
+    form = dict(re.findall(r'name="(filter_\w+)" value="([^"]*)"', page))
+    assert form == {"filter_expires_within": "30", "filter_type": "pump"}
+    assert browser.post("/ui/devices/filters", {"name": "soon", **form}).status_code == 303
+    assert api.get("/groups/soon").json["filter"] == EMPTY | {"expires_within_days": 30, "type": "pump"}
+    shown = browser.get("/ui/devices?group=soon").text
+    assert f"/ui/devices/{soon}" in shown
+    assert f"/ui/devices/{late}" not in shown
+    assert "expires within days" in text_of(shown)
+    connected = {"name": "gone", "filter_connected": "false", "filter_attested": "none", "filter_q": "pump"}
+    assert browser.post("/ui/devices/filters", connected).status_code == 303
+    assert api.get("/groups/gone").json["filter"] == EMPTY | {"connected": "false", "attested": "none", "q": "pump"}
+
+
+def test_a_saved_filter_that_is_narrowed_is_saved_with_its_conditions_and_a_group_with_members_is_not(
+    api: Api, browser: Browser
+) -> None:
+    api.post("/groups", {"name": "pumps", "filter": {"type": "pump"}})
+    api.post("/groups", {"name": "north"})
+    narrowed = {"name": "pumps-soon", "filter_group": "pumps", "filter_expires_within": "7"}
+    assert browser.post("/ui/devices/filters", narrowed).status_code == 303
+    assert api.get("/groups/pumps-soon").json["filter"] == EMPTY | {"type": "pump", "expires_within_days": 7}
+    page = browser.get("/ui/devices?group=north&type=pump").text
+    assert "Save this filter" not in page
+    assert "north has members" in text_of(page)
+    refused = browser.post("/ui/devices/filters", {"name": "x", "filter_group": "north", "filter_type": "pump"})
+    assert refused.status_code == 422
+    assert "add the devices to a group" in refused.text
+    assert browser.post("/ui/devices/filters", {"name": "x", "filter_group": "nowhere"}).status_code == 404
 
 
 def test_a_group_with_members_is_a_filter_and_none_that_is_removed_as_a_saved_one(api: Api, browser: Browser) -> None:
