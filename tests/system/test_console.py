@@ -53,6 +53,8 @@ SCREENS = (
     Screen("new manufacturer", "/ui/access/manufacturers/new", "New manufacturer", ("empty",)),
     Screen("applications", "/ui/access/applications", "Access", ("empty",)),
     Screen("new application", "/ui/access/applications/new", "New application", ("empty",)),
+    Screen("tenants", "/ui/access/tenants", "Access", ("filled",)),
+    Screen("edit tenant", "/ui/access/tenants/empty/edit", "Edit empty", ("filled",)),
     Screen("record", "/ui/record", "Record"),
     Screen("webhooks", "/ui/record/webhooks", "Record", ("empty",)),
     Screen("new webhook", "/ui/record/webhooks/new", "New webhook", ("empty",)),

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from core.errors import Conflict, FieldProblem, InputInvalid
+from core.errors import Conflict, InputInvalid
 from core.roles import Permission
 from core.states import ClientKind, DeviceStatus
+from pki.csr import read_csr
 from store.devices import DeviceFilter
-from web.api.applications import ApplicationRequest
+from web.api.applications import ApplicationChanges, ApplicationRequest
 from web.api.devices import pairs
-from web.api.fields import Cursor, KeyTypeName, Name
+from web.api.fields import BundleFormatName, Cursor, IntegerText, KeyTypeName, Name
 from web.api.routing import RequestModel, input_invalid
 from web.console.access import ACCESS, access_values, form_again
 from web.console.handover import handed_over
 from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.registration import Once, new_once
+from web.console.text_fields import CsrText, Lines, check_own_key, csr_of, topics_of
 from web.console.watching import watched
 from workflows.credentials import DeviceRequest
 from workflows.presence import connection_of
@@ -28,6 +30,7 @@ APPLICATIONS = f"{ACCESS}/applications"
 PATH = f"{APPLICATIONS}/{{application_id}}"
 KIND = ClientKind.APPLICATION
 PER_PAGE = 50
+_M = TypeVar("_M", bound=BaseModel)
 
 
 class ApplicationsQuery(RequestModel):
@@ -41,8 +44,18 @@ class ApplicationForm(RequestModel):
 
     once: Once
     name: Name
-    topics: Annotated[str, Field(max_length=32768)]
+    topics: Lines
     key_type: KeyTypeName | None = None
+    bundle_format: BundleFormatName | None = None
+    validity_days: Annotated[int, Field(ge=1, le=36500), IntegerText] | None = None
+    csr: CsrText | None = None
+
+
+class EditForm(RequestModel):
+    """What an application is called, and all topics that it has."""
+
+    name: Name
+    topics: Lines
 
 
 class RenewForm(RequestModel):
@@ -84,24 +97,49 @@ def register_application(visit: Visit) -> Shown:
     """Register an application, and show its link and password this once."""
     try:
         form = visit.form(ApplicationForm)
-        body = _request(form)
-        request = DeviceRequest(**{**dict(body), "topics": pairs(body.topics)}, kind=KIND)
+        csr = csr_of(visit.request, form.csr)
+        check_own_key(csr, form.key_type, form.bundle_format)
+        values = form.model_dump(exclude={"once", "topics", "csr"})
+        body = _checked(ApplicationRequest, {**values, "topics": topics_of(form.topics)})
+        own = None if csr is None else read_csr(csr)
+        request = DeviceRequest(**{**dict(body), "csr": own, "topics": pairs(body.topics)}, kind=KIND)
         registered = visit.portal.registrations.register(visit.actor, request, form.once)
     except (InputInvalid, Conflict) as error:
         return form_again(visit, "application_new.html", ApplicationForm, error)
     return handed_over(visit, registered, registered.name, back=APPLICATIONS)
 
 
-def _request(form: ApplicationForm) -> ApplicationRequest:
-    lines = [line.strip() for line in form.topics.splitlines() if line.strip()]
-    topics = [dict(zip(("filter", "access"), line.rsplit(None, 1), strict=False)) for line in lines]
-    values: dict[str, Any] = {"name": form.name, "topics": topics, "key_type": form.key_type}
+@PAGES.add("GET", f"{PATH}/edit", Permission.APPLICATIONS)
+def edit_application(visit: Visit, application_id: str) -> Shown:
+    """Show the form for an application's name and topics."""
+    details = visit.portal.inventory.device(visit.actor.tenant_id, application_id, kind=KIND)
+    topics = "\n".join(f"{topic.filter} {topic.access.value}" for topic in details.topics)
+    given = {"name": details.device.name, "topics": topics}
+    return Shown("application_edit.html", {"given": given, "problems": {}, "application": details.device})
+
+
+@PAGES.add("POST", f"{PATH}/edit", Permission.APPLICATIONS)
+def change_application(visit: Visit, application_id: str) -> Moved | Shown:
+    """Change an application's name and topics; what is taken away is refused by the broker before the answer."""
+    details = visit.portal.inventory.device(visit.actor.tenant_id, application_id, kind=KIND)
     try:
-        return ApplicationRequest.model_validate(values)
+        form = visit.form(EditForm)
+        wanted = _checked(ApplicationChanges, {"name": form.name, "topics": topics_of(form.topics)})
+        before = [(topic.filter, topic.access.value) for topic in details.topics]
+        topics = ... if pairs(wanted.topics) == before else pairs(wanted.topics)
+        values = {} if form.name == details.device.name else {"name": form.name}
+        if values or topics is not ...:
+            visit.portal.registrations.update(visit.actor, application_id, values, topics, kind=KIND)
+    except (InputInvalid, Conflict) as error:
+        return form_again(visit, "application_edit.html", EditForm, error, application=details.device)
+    return Moved(APPLICATIONS)
+
+
+def _checked(model: type[_M], values: dict[str, Any]) -> _M:
+    try:
+        return model.model_validate(values)
     except ValidationError as error:
-        refused = input_invalid(error)
-        text = "a line is a topic filter, a space, and read, write or readwrite"
-        raise InputInvalid(refused.detail, [FieldProblem("topics", text)]) from None
+        raise input_invalid(error) from None
 
 
 @PAGES.add("POST", f"{PATH}/renew", Permission.APPLICATIONS)

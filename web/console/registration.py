@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from core.errors import Conflict, FieldProblem, Forbidden, InputInvalid
+from core.errors import Conflict, Forbidden, InputInvalid
 from core.roles import Permission
 from web.api.devices import RegisterRequest, registration_of
 from web.api.fields import (
@@ -27,7 +26,7 @@ from web.api.problems import status_of
 from web.api.routing import IDEMPOTENCY_KEY, RequestModel, input_invalid
 from web.console.handover import handed_over
 from web.console.pages import Pages, Shown, Visit
-from web.console.text_fields import MAX_CSR, CsrText, Lines, metadata_of, topics_of
+from web.console.text_fields import CsrText, Lines, check_own_key, csr_of, metadata_of, topics_of
 from workflows.credentials import DeviceRequest
 
 PAGES = Pages()
@@ -53,13 +52,13 @@ class RegisterForm(RequestModel):
     topics: Lines = ""
     csr: CsrText | None = None
 
-    def request(self) -> DeviceRequest:
+    def request(self, csr: str | None) -> DeviceRequest:
         """Return the device to register; raises ``InputInvalid`` (``CsrInvalid``, ``KeyRefused``)."""
-        if self.csr is not None and (self.key_type or self.bundle_format):
-            problem = FieldProblem("csr", "goes with neither a key nor a bundle, of which there is none then")
-            raise InputInvalid("A CSR is for a key of the device's own.", [problem])
-        others = {"once", "metadata", "topics"}
+        check_own_key(csr, self.key_type, self.bundle_format)
+        others = {"once", "metadata", "topics", "csr"}
         values = self.model_dump(exclude=others, exclude_none=True, exclude_defaults=True)
+        if csr is not None:
+            values["csr"] = csr
         if self.metadata:
             values["metadata"] = metadata_of(self.metadata)
         if self.topics:
@@ -85,26 +84,12 @@ def ask(visit: Visit) -> Shown:
 def register(visit: Visit) -> Shown:
     """Register a device, and show its link and password this once."""
     try:
-        form = _with_file(visit, visit.form(RegisterForm, many=("groups",)))
-        registered = visit.portal.registrations.register(visit.actor, form.request(), form.once)
+        form = visit.form(RegisterForm, many=("groups",))
+        request = form.request(csr_of(visit.request, form.csr))
+        registered = visit.portal.registrations.register(visit.actor, request, form.once)
     except (InputInvalid, Conflict, Forbidden) as error:
         return _again(visit, error)
     return handed_over(visit, registered, registered.name)
-
-
-def _with_file(visit: Visit, form: RegisterForm) -> RegisterForm:
-    """Return a form with the CSR of its file, if one was sent: PEM or DER."""
-    file = visit.request.files.get("csr_file")
-    content = b"" if file is None else file.read(MAX_CSR + 1)
-    if not content:
-        return form
-    if form.csr is not None or len(content) > MAX_CSR:
-        said = "is given as a text, too; leave one away" if form.csr else f"has a file of more than {MAX_CSR} bytes"
-        raise InputInvalid("The CSR cannot be taken.", [FieldProblem("csr", said)])
-    if not content.startswith(b"-----BEGIN"):
-        encoded = base64.encodebytes(content).decode()
-        content = f"-----BEGIN CERTIFICATE REQUEST-----\n{encoded}-----END CERTIFICATE REQUEST-----\n".encode()
-    return form.model_copy(update={"csr": content.decode("ascii", errors="replace")})
 
 
 def _choices(visit: Visit) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from core.errors import Conflict, InputInvalid, Unavailable
 from core.roles import Permission
 from core.tenants import Quotas, TenantStatus
-from web.api.fields import IntegerText, TenantName, TopicPrefix
+from web.api.fields import BundleFormatName, IntegerText, KeyTypeName, TenantName, TopicPrefix
 from web.api.routing import RequestModel
 from web.console.access import ACCESS, access_values, form_again, secret_shown
 from web.console.pages import Moved, Pages, Shown, Visit
@@ -20,6 +21,8 @@ from workflows.tenant_life import NewTenant
 PAGES = Pages()
 TENANTS = f"{ACCESS}/tenants"
 PATH = f"{TENANTS}/{{tenant}}"
+_Quota = Annotated[int, Field(ge=1, le=1_000_000_000), IntegerText]
+_CHOICES = ("device_days", "key_type", "bundle_format", "link_hours")
 
 
 class TenantForm(RequestModel):
@@ -28,8 +31,21 @@ class TenantForm(RequestModel):
     once: Once
     name: TenantName
     topic_prefix: TopicPrefix | None = None
-    devices: Annotated[int, Field(ge=1, le=1_000_000_000), IntegerText] | None = None
+    devices: _Quota | None = None
     own_root: Literal["yes"] | None = None
+
+
+class EditForm(RequestModel):
+    """What holds for a tenant, and how much it may take; what is left out is as the settings say, or has no limit."""
+
+    device_days: Annotated[int, Field(ge=1, le=36500), IntegerText] | None = None
+    key_type: KeyTypeName | None = None
+    bundle_format: BundleFormatName | None = None
+    link_hours: Annotated[int, Field(ge=1, le=8760), IntegerText] | None = None
+    devices: _Quota | None = None
+    registrations_per_minute: _Quota | None = None
+    bulk_uploads: _Quota | None = None
+    webhook_deliveries_per_minute: _Quota | None = None
 
 
 class RemoveForm(RequestModel):
@@ -73,6 +89,32 @@ def add_tenant(visit: Visit) -> Shown:
         problem=added.ca_problem or added.state.problem,
         use="Its first admin logs in with it, and makes tokens for the others.",
     )
+
+
+@PAGES.add("GET", f"{PATH}/edit", Permission.TENANTS)
+def edit_tenant(visit: Visit, tenant: str) -> Shown:
+    """Show the form for a tenant's choices and quotas."""
+    record = visit.portal.tenants.show(tenant)
+    given = {**dataclasses.asdict(record.choices), **dataclasses.asdict(record.quotas)}
+    shown = {name: "" if value is None else str(value) for name, value in given.items()}
+    return Shown("tenant_edit.html", {"tenant": record, "given": shown, "problems": {}})
+
+
+@PAGES.add("POST", f"{PATH}/edit", Permission.TENANTS)
+def change_tenant(visit: Visit, tenant: str) -> Moved | Shown:
+    """Change a tenant's choices and quotas, for what is asked for from then on."""
+    record = visit.portal.tenants.show(tenant)
+    try:
+        wanted = visit.form(EditForm).model_dump()
+        before = {**dataclasses.asdict(record.choices), **dataclasses.asdict(record.quotas)}
+        changed = {name: value for name, value in wanted.items() if value != before[name]}
+        choices = {name: value for name, value in changed.items() if name in _CHOICES}
+        quotas = {name: value for name, value in changed.items() if name not in _CHOICES}
+        if changed:
+            visit.portal.tenants.change(visit.actor, tenant, choices, quotas)
+    except (InputInvalid, Conflict) as error:
+        return form_again(visit, "tenant_edit.html", EditForm, error, tenant=record)
+    return Moved(TENANTS)
 
 
 @PAGES.add("POST", f"{PATH}/suspend", Permission.TENANTS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Annotated, Any
 
+from flask import Request
 from pydantic import Field
 
 from core.errors import FieldProblem, InputInvalid
@@ -42,6 +44,31 @@ def metadata_of(text: str, field: str = "metadata") -> dict[str, Any]:
             raise InputInvalid("A line of the metadata cannot be read.", [problem])
         found[key.strip()] = value.strip()
     return found
+
+
+def csr_of(request: Request, text: str | None) -> str | None:
+    """Return the CSR (PEM) of a form: its field ``csr``, or its file ``csr_file``, PEM or DER; ``None`` for none.
+
+    Raises ``InputInvalid`` for both of them, and for a file that is too long.
+    """
+    file = request.files.get("csr_file")
+    content = b"" if file is None else file.read(MAX_CSR + 1)
+    if not content:
+        return text
+    if text is not None or len(content) > MAX_CSR:
+        said = "is given as a text, too; leave one away" if text else f"has a file of more than {MAX_CSR} bytes"
+        raise InputInvalid("The CSR cannot be taken.", [FieldProblem("csr", said)])
+    if not content.startswith(b"-----BEGIN"):
+        encoded = base64.encodebytes(content).decode()
+        return f"-----BEGIN CERTIFICATE REQUEST-----\n{encoded}-----END CERTIFICATE REQUEST-----\n"
+    return content.decode("ascii", errors="replace")
+
+
+def check_own_key(csr: str | None, *of_bundle: str | None) -> None:
+    """Raise ``InputInvalid`` if something is chosen of a bundle, though a CSR has its own key."""
+    if csr is not None and any(of_bundle):
+        problem = FieldProblem("csr", "goes with neither a key nor a bundle, of which there is none then")
+        raise InputInvalid("A CSR is for a key of one's own.", [problem])
 
 
 def of_fields(error: InputInvalid, named: dict[str, str]) -> InputInvalid:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
-from app import create_app, portal_of
-from config import Settings
+from app import portal_of
 from core.roles import Role
 from tests.support.browser import Browser, logged_in_as, text_of
 from tests.support.est import Device, certificates_of, csr_der
@@ -25,15 +23,6 @@ pytestmark = ON_SQLITE
 MAKERS, APPLICATIONS, TENANTS = (f"/ui/access/{part}" for part in ("manufacturers", "applications", "tenants"))
 MAKER = Authority("A maker's CA")
 CERTIFICATE = MAKER.certificate.public_bytes(PEM).decode()
-
-
-@pytest.fixture
-def guarded(make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
-    """A portal under the guard, which keeps tenants apart and lets applications in."""
-    app = create_app(make_settings(PORTAL_BROKER_CONTROL="guard", PORTAL_ENFORCE_TIMEOUT="1"), background=False)
-    monkeypatch.setattr(portal_of(app).tenants, "_broker_knows_tenants", lambda: True)
-    yield app
-    portal_of(app).close()
 
 
 def test_where_there_is_nothing_the_pages_say_what_it_is_for(browser_of: Callable[..., Browser]) -> None:
