@@ -330,11 +330,14 @@ def create_with_secret(
     The file ``save_in`` is created first, and removed if the request fails; the answer is without the secret then.
     Raises ``UsageError`` if nobody would see the secret, ``Unreachable`` if the answer lacks it or one of ``needs``.
     """
+    from commands.client import new_idempotency_key
+
     check_secret_seen(save_in, f"--{shown_once}-out", shown_once, out=portal.out)
     reserved = ReservedFile(Path(save_in)) if save_in is not None else None
     try:
-        # Not repeated if the connection breaks: that would create a second one.
-        answer: dict[str, Any] = portal.client.call("POST", path, body=body, repeatable=False).json()
+        # With the key it is the same one that a repeat gets, if the connection breaks before the answer.
+        headers = {"Idempotency-Key": new_idempotency_key()}
+        answer: dict[str, Any] = portal.client.call("POST", path, body=body, headers=headers).json()
         require(answer, *needs, shown_once)
         if reserved is not None:
             reserved.write(answer.pop(shown_once))

@@ -345,12 +345,14 @@ def _confirmed_key(portal: Remote, device_id: str, *, yes: bool) -> str:
     return str(asked["key_fingerprint"])
 
 
-@command("reject", examples=["portal reject 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --yes"])
+@command("reject", examples=["portal reject 0f9d2c4e-5b1a-4c7d-9e8f-102030405060 --why 'not ours' --yes"])
 @device_argument("Name, id or external id of the device (see: portal waiting).")
+@click.option("--why", metavar="TEXT", help="Why, for the audit record.")
 @YES
-def reject(portal: Remote, device_id: str, yes: bool) -> None:
+def reject(portal: Remote, device_id: str, why: str | None, yes: bool) -> None:
     """Reject a waiting device, or its new key, permanently."""
     confirm(f"Reject {device_id}? A new device is revoked permanently; an enrolled one keeps its present key.", yes=yes)
-    answer = portal.client.call("POST", f"/devices/{device_id}/reject").json()
+    body = None if why is None else {"why": why}
+    answer = portal.client.call("POST", f"/devices/{device_id}/reject", body=body).json()
     kept = f"Rejected the new key of {device_id}, which stays active"
     portal.out.result(answer, done=f"Rejected {device_id} permanently" if answer.get("status") == "revoked" else kept)

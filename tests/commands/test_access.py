@@ -22,10 +22,13 @@ def test_a_new_token_is_shown_once_and_never_in_a_pipe(session: Session, stub: P
     assert session.json(*create)["token"] == "secret-of-new-token"
 
 
-def test_creating_a_token_is_not_repeated_if_the_connection_breaks(session: Session, stub: PortalStub) -> None:
+def test_creating_a_token_is_repeated_with_the_same_key_if_the_connection_breaks(
+    session: Session, stub: PortalStub
+) -> None:
     stub.replies["POST", "/tokens"] = Reply(breaks_off=True, body=b"")
     assert session.run("token", "create", "x", "--role", "admin", "--token-out", "token").exit_code == 3
-    assert len(stub.requests) == 1
+    assert len(stub.requests) > 1
+    assert len({request.headers["Idempotency-Key"] for request in stub.requests}) == 1
     assert not Path("token").exists()
 
 

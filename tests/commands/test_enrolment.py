@@ -148,6 +148,9 @@ def test_a_rejection_says_what_it_means(session: Session, stub: PortalStub, stat
     assert session.run("reject", DEVICE).exit_code == 2
     assert said in session.run("reject", DEVICE, "--yes").stderr
     assert session.json("reject", DEVICE, "--yes")["status"] == status
+    assert not stub.requests[-1].body
+    assert session.run("reject", DEVICE, "--why", "not ours", "--yes").exit_code == 0
+    assert stub.requests[-1].body == {"why": "not ours"}
 
 
 def test_a_manufacturer_is_added_proven_listed_and_removed(session: Session, stub: PortalStub) -> None:

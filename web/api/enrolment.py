@@ -54,6 +54,13 @@ class ApproveRequest(RequestModel):
     key_fingerprint: Fingerprint | None = None
 
 
+class RejectRequest(RequestModel):
+    """`why` a device is rejected, for the audit record. With `key_fingerprint` only a request for that key is."""
+
+    key_fingerprint: Fingerprint | None = None
+    why: Place | None = None
+
+
 class EnrolmentModel(AnswerModel):
     """The latest enrolment request of a device; compare `key_fingerprint`, the SHA-256 of its key, with the device's.
 
@@ -298,11 +305,12 @@ def approve(call: Call, device_id: str, body: ApproveRequest) -> DecisionAnswer:
     "/devices/{device_id}/reject",
     Permission.CHANGE,
     Answers("The device, or its request for another key, is rejected"),
+    body_optional=True,
     errors=(409,),
 )
-def reject(call: Call, device_id: str) -> DecisionAnswer:
+def reject(call: Call, device_id: str, body: RejectRequest) -> DecisionAnswer:
     """Reject a pending device permanently, or an active device's request for another key."""
-    status = call.portal.approvals.reject(call.actor, device_id)
+    status = call.portal.approvals.reject(call.actor, device_id, body.key_fingerprint, why=body.why)
     return DecisionAnswer(device_id=device_id, status=status)
 
 
@@ -322,6 +330,7 @@ def list_enrolment_tokens(call: Call) -> EnrolmentTokenList:
     Permission.CHANGE,
     Answers("The token with its secret, which is shown only once", status=201),
     errors=(404, 409),
+    idempotency_key=True,
 )
 def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> NewEnrolmentTokenModel:
     """Create a token with which devices enrol; its secret is in this answer only."""
@@ -333,6 +342,7 @@ def create_enrolment_token(call: Call, body: EnrolmentTokenRequest) -> NewEnrolm
         count=body.count,
         life=timedelta(hours=body.expires_in_hours),
         attestation=_wanted(body),
+        idempotency_key=call.idempotency_key,
     )
     [shown] = _tokens(call, [record])
     return NewEnrolmentTokenModel.of(shown, token=secret)

@@ -72,12 +72,17 @@ def list_tokens(call: Call) -> TokenList:
 
 
 @ROUTES.add(
-    "POST", "/tokens", Permission.TOKENS, Answers("The token with its secret, which is shown only once", status=201)
+    "POST",
+    "/tokens",
+    Permission.TOKENS,
+    Answers("The token with its secret, which is shown only once", status=201),
+    errors=(409,),
+    idempotency_key=True,
 )
 def create_token(call: Call, body: TokenRequest) -> NewTokenModel:
     """Create an operator token; its secret is in this answer only."""
     life = None if body.expires_in_days is None else timedelta(days=body.expires_in_days)
-    secret, record = call.portal.operators.create(call.actor, body.name, Role(body.role), life)
+    secret, record = call.portal.operators.create(call.actor, body.name, Role(body.role), life, call.idempotency_key)
     return NewTokenModel.of(record, token_id=record.id, token=secret)
 
 

@@ -157,11 +157,12 @@ def list_webhooks(call: Call) -> WebhookList:
     Permission.WEBHOOKS,
     Answers("The webhook with its secret, which is shown only once", status=201),
     errors=(409,),
+    idempotency_key=True,
 )
 def create_webhook(call: Call, body: WebhookRequest) -> NewWebhookModel:
     """Subscribe a receiver to events."""
     types = [EventType(name) for name in body.events or ()]
-    secret, record = call.portal.webhooks.create(call.actor, body.name, body.url, types)
+    secret, record = call.portal.webhooks.create(call.actor, body.name, body.url, types, call.idempotency_key)
     return NewWebhookModel.of(_webhook(record, NOTHING), secret=secret)
 
 

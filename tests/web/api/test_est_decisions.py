@@ -146,6 +146,20 @@ def test_a_rejected_device_stays_rejected(api: Api) -> None:
     assert api.get(path).json["revocation_reason"] == "privilege_withdrawn"
 
 
+def test_a_rejection_is_of_the_key_that_was_looked_at_and_says_why_in_the_record(api: Api) -> None:
+    one = device(api, approval="operator")
+    one.enrol(csr_der())
+    [pending] = api.get("/devices?status=pending").json["devices"]
+    path = f"/devices/{pending['device_id']}"
+    assert api.post(f"{path}/reject", {"key_fingerprint": "0" * 64, "why": "not ours"}).status_code == 409
+    assert api.post(f"{path}/reject", {"why": "a\u202eb"}).status_code == 422
+    assert api.post(f"{path}/reject", {"reason": "not ours"}).status_code == 422
+    assert api.get(path).json["status"] == "pending"
+    key = api.get(f"{path}/enrolment").json["key_fingerprint"]
+    assert api.post(f"{path}/reject", {"key_fingerprint": key, "why": "not ours"}).status_code == 200
+    assert api.get("/audit?action=device:reject").json["entries"][0]["detail"] == {"why": "not ours"}
+
+
 def test_a_device_without_a_request_cannot_be_approved(api: Api) -> None:
     wanted = {"name": "pump-7", "type": "pump", "location": "hall 2", "firmware": "1"}
     answer = api.post("/devices", wanted)

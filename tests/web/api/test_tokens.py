@@ -35,6 +35,26 @@ def test_a_new_token_works_and_its_secret_is_shown_once(api: Api, app: Flask) ->
     assert secret.removeprefix("op_") not in str(rows)
 
 
+WITH_SECRETS = (
+    ("/tokens", "tokens", "token", {"name": "ci", "role": "operator"}),
+    ("/enrolment-tokens", "enrolment_tokens", "token", {"name": "line 3"}),
+    ("/webhooks", "webhooks", "secret", {"name": "events", "url": "https://example.com/events"}),
+)
+
+
+@pytest.mark.parametrize(("path", "many", "secret", "body"), WITH_SECRETS)
+def test_requests_with_one_idempotency_key_make_one_with_one_secret(
+    api: Api, path: str, many: str, secret: str, body: dict[str, Any]
+) -> None:
+    before, key = len(api.get(path).json[many]), {"Idempotency-Key": "k" * 16}
+    first, second = (api.post(path, body, headers=key) for _ in range(2))
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert first.json[secret] == second.json[secret]
+    assert len(api.get(path).json[many]) == before + 1
+    problem_of(api.post(path, {**body, "name": "another"}, headers=key), 409, "idempotency_conflict")
+    assert api.post(path, body, headers={"Idempotency-Key": "k" * 17}).json[secret] != first.json[secret]
+
+
 def test_a_token_expires(api: Api, clock: Clock) -> None:
     short = holding(api, api.post("/tokens", {"name": "ci", "role": "auditor", "expires_in_days": 1}).json["token"])
     clock.advance(hours=23, minutes=59)
