@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Locator, Page, StorageState, expect
 from bench.fleet import add_fleet
 from tests.support.chromium import DESKTOP, PHONE, VIEWS, View, Watched, chromium, opened
 from tests.support.deployment import Deployment, Onboarded, wait_until
+from tests.support.pki import PEM, Authority
 
 pytestmark = pytest.mark.system
 DEVICES, MANY = 120, 10_000
@@ -53,6 +54,9 @@ SCREENS = (
     Screen("new manufacturer", "/ui/access/manufacturers/new", "New manufacturer", ("empty",)),
     Screen("applications", "/ui/access/applications", "Access", ("empty",)),
     Screen("new application", "/ui/access/applications/new", "New application", ("empty",)),
+    Screen("evidence", "/ui/access/enrolment/{token}/evidence", "Evidence for line 3", ("filled",)),
+    Screen("edit manufacturer", "/ui/access/manufacturers/{maker}/edit", "Edit A maker", ("filled",)),
+    Screen("edit application", "/ui/access/applications/{application}/edit", "Edit back end", ("filled",)),
     Screen("tenants", "/ui/access/tenants", "Access", ("filled",)),
     Screen("edit tenant", "/ui/access/tenants/empty/edit", "Edit empty", ("filled",)),
     Screen("record", "/ui/record", "Record"),
@@ -92,6 +96,7 @@ def place(devices: int) -> Iterator[Place]:
             "device": deployment.register(name=WIDE, location=WIDE, metadata={"note": WIDE})["device_id"],
             "revoked": deployment.call("GET", "/devices?q=pump-0000001").json()["devices"][0]["device_id"],
         }
+        ids |= ids_of_access(deployment)
         added = deployment.call("POST", "/tenants", {"name": "empty"})
         assert added.status_code == 201, added.text
         states = {}
@@ -100,6 +105,17 @@ def place(devices: int) -> Iterator[Place]:
                 watched.log_in(token)
                 states[fill] = watched.page.context.storage_state()
         yield Place(deployment, browser, states, ids)
+
+
+def ids_of_access(deployment: Deployment) -> dict[str, str]:
+    certificate = Authority("A maker's CA").certificate.public_bytes(PEM).decode()
+    topics = [{"filter": "devices/+/telemetry", "access": "read"}]
+    added = {
+        "token": ("/enrolment-tokens", "enrolment_token_id", {"name": "line 3"}),
+        "maker": ("/manufacturers", "manufacturer_id", {"name": "A maker", "certificate": certificate}),
+        "application": ("/applications", "application_id", {"name": "back end", "topics": topics}),
+    }
+    return {name: deployment.call("POST", path, body).json()[key] for name, (path, key, body) in added.items()}
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,9 @@ def secret_shown(secret: str, **values: Any) -> Shown:
 def form_again(visit: Visit, template: str, model: type[RequestModel], error: PortalError, **values: Any) -> Shown:
     """Return a form once more, with what was entered and what is wrong with it."""
     found = error.errors if isinstance(error, InputInvalid) else ()
-    given = {name: visit.request.form.get(name, "") for name in model.model_fields}
+    sent = visit.request.form
+    given: dict[str, Any] = {name: sent.get(name, "") for name in model.model_fields}
+    given |= {name: sent.getlist(name) for name in ("key_types",) if name in given}
     problems = {one.field.partition(".")[0]: one.message for one in found}
     if not problems.keys() & given.keys() - {"once"}:
         problems = {"": SENT_BEFORE if isinstance(error, IdempotencyConflict) else error.detail}

@@ -5,25 +5,45 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Any, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from core.errors import Conflict, Forbidden, InputInvalid, NotFound
+from core.errors import Conflict, FieldProblem, Forbidden, InputInvalid, NotFound
 from core.roles import Permission
 from core.states import Approval, RepeatedSerial
-from store.enrolment import EnrolmentProfile
+from store.enrolment import EnrolmentProfile, EnrolmentTokenRecord
 from web.api.enrolment import ApprovalName, RepeatedSerialName
+from web.api.evidence import AttestationPolicyModel, AttestationPolicyRequest
 from web.api.fields import DeviceId, IntegerText, KeyTypeName, Name, Place, ProfileName, ShortText
-from web.api.routing import RequestModel
+from web.api.routing import RequestModel, input_invalid, is_no_json
 from web.console.access import ACCESS, AllQuery, form_again, secret_shown, tokens_shown
 from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.registration import Once, new_once
+from web.console.text_fields import Lines
+from workflows.attestation.policies import PolicyRequest
 
 PAGES = Pages()
 ENROLMENT = f"{ACCESS}/enrolment"
 
 
-class ProfileForm(RequestModel):
-    """How the devices are registered that enrol; what evidence they have to show is set at the command line."""
+class PolicyForm(RequestModel):
+    """An appraisal policy, JSON: what evidence devices have to show, and whose counts."""
+
+    attestation: Lines = ""
+
+    def policy(self) -> PolicyRequest | None:
+        """Return the policy, ``None`` for none; raises ``InputInvalid``."""
+        if not self.attestation.strip():
+            return None
+        try:
+            return AttestationPolicyRequest.model_validate_json(self.attestation).wanted()
+        except ValidationError as error:
+            said = "; ".join(f"{one.field} {one.message}" for one in input_invalid(error).errors[:3])
+            text = "must be a policy in JSON" if is_no_json(error) else said
+            raise InputInvalid("The appraisal policy cannot be used.", [FieldProblem("attestation", text)]) from None
+
+
+class ProfileForm(PolicyForm):
+    """How the devices are registered that enrol, and what evidence they have to show."""
 
     type: ShortText = "device"
     location: Place = "unknown"
@@ -33,6 +53,7 @@ class ProfileForm(RequestModel):
     approval: ApprovalName = "at_once"
     repeated_serial: RepeatedSerialName = "operator"
     profile: ProfileName = "default"
+    key_types: list[KeyTypeName] = Field(default_factory=list)
 
 
 class EnrolmentTokenForm(ProfileForm):
@@ -46,11 +67,12 @@ class EnrolmentTokenForm(ProfileForm):
 
 
 def profile_of(form: ProfileForm) -> EnrolmentProfile:
-    """Return the profile of a form; all kinds of keys are allowed."""
-    fields: dict[str, Any] = {name: getattr(form, name) for name in ProfileForm.model_fields}
+    """Return the profile of a form; without ``key_types`` all kinds of keys are allowed."""
+    names = ProfileForm.model_fields.keys() - {"key_types", "attestation"}
+    fields: dict[str, Any] = {name: getattr(form, name) for name in names}
     fields["certificate_profile"] = fields.pop("profile")
     fields |= {"approval": Approval(form.approval), "repeated_serial": RepeatedSerial(form.repeated_serial)}
-    return EnrolmentProfile(**fields, key_types=get_args(KeyTypeName))
+    return EnrolmentProfile(**fields, key_types=tuple(form.key_types) or get_args(KeyTypeName))
 
 
 def certificate_profiles(visit: Visit) -> list[str]:
@@ -80,7 +102,7 @@ def new_enrolment_token(visit: Visit) -> Shown:
 def create_enrolment_token(visit: Visit) -> Shown:
     """Create an enrolment token, and show its secret this once."""
     try:
-        form = visit.form(EnrolmentTokenForm)
+        form = visit.form(EnrolmentTokenForm, many=("key_types",))
         secret, record = visit.portal.enrolment_tokens.create(
             visit.actor,
             form.name,
@@ -88,6 +110,7 @@ def create_enrolment_token(visit: Visit) -> Shown:
             device_id=form.device_id,
             count=form.count if form.device_id is None else 1,
             life=timedelta(hours=form.expires_in_hours),
+            attestation=form.policy(),
             idempotency_key=form.once,
         )
     except (InputInvalid, Conflict, Forbidden, NotFound) as error:
@@ -103,6 +126,44 @@ def create_enrolment_token(visit: Visit) -> Shown:
         command="curl --cacert ca.pem -u device:TOKEN -H 'Content-Type: application/pkcs10'"
         f" --data-binary @csr.b64 {visit.portal.settings.public_url}/.well-known/est/simpleenroll",
     )
+
+
+@PAGES.add("GET", f"{ENROLMENT}/{{enrolment_token_id}}/evidence", Permission.TOKENS)
+def edit_evidence(visit: Visit, enrolment_token_id: str) -> Shown:
+    """Show the form for what evidence the devices of a token have to show."""
+    record = _token(visit, enrolment_token_id)
+    given = {"attestation": policy_text(visit, record.profile)}
+    return Shown("enrolment_token_evidence.html", {"token": record, "given": given, "problems": {}})
+
+
+@PAGES.add("POST", f"{ENROLMENT}/{{enrolment_token_id}}/evidence", Permission.TOKENS)
+def change_evidence(visit: Visit, enrolment_token_id: str) -> Moved | Shown:
+    """Change what evidence the devices of a token have to show from now on."""
+    record = _token(visit, enrolment_token_id)
+    try:
+        wanted = visit.form(PolicyForm).policy()
+        if wanted is None:
+            problem = FieldProblem("attestation", 'must be there: {"mode": "off"} asks for none')
+            raise InputInvalid("There is no policy in this form.", [problem])
+        visit.portal.enrolment_tokens.set_attestation(visit.actor, enrolment_token_id, wanted)
+    except (InputInvalid, Conflict) as error:
+        return form_again(visit, "enrolment_token_evidence.html", PolicyForm, error, token=record)
+    return Moved(ENROLMENT)
+
+
+def policy_text(visit: Visit, profile: EnrolmentProfile) -> str:
+    """Return the appraisal policy of a profile as somebody edits it, empty for none."""
+    found = visit.portal.attestation_policies.of_profiles(visit.actor.tenant_id, [profile])
+    shown = AttestationPolicyModel.shown(found.get(profile.attestation_policy_id))
+    return "" if shown is None else shown.model_dump_json(indent=2, exclude={"policy_id", "version"})
+
+
+def _token(visit: Visit, enrolment_token_id: str) -> EnrolmentTokenRecord:
+    tokens = visit.portal.enrolment_tokens.tokens(visit.actor.tenant_id)
+    found = next((one for one in tokens if one.id == enrolment_token_id), None)
+    if found is None:
+        raise NotFound("There is no enrolment token with this id.")
+    return found
 
 
 @PAGES.add("POST", f"{ENROLMENT}/{{enrolment_token_id}}/revoke", Permission.CHANGE)
