@@ -9,11 +9,13 @@ import os
 import struct
 from collections.abc import Iterator
 
-_SEAT = struct.Struct("<Q8s8sd8sd8sd")  # process, place; two tenants, when each was served; one goes first, until when
+# Process, place; two tenants, when each was served; one goes first, until when; one works beside another, until when.
+_SEAT = struct.Struct("<Q8s8sd8sd8sdd")
 _SEATS = 256
 _PROCESS = struct.Struct("<Q8s")
 _SERVED = struct.Struct("<8sd8sd")
 _FIRST = struct.Struct("<8sd")
+_BESIDE = struct.Struct("<d")
 _NOBODY = bytes(8)
 
 
@@ -49,20 +51,29 @@ class ServedPlace:
         if (offset := self._taken()) is not None:
             _FIRST.pack_into(self._memory, offset + _PROCESS.size + _SERVED.size, _key(tenant_id), until)
 
+    def works_beside(self, until: float) -> None:
+        """Tell that a request is worked on though those of another tenant go first, until then at the most."""
+        if (offset := self._taken()) is not None:
+            _BESIDE.pack_into(self._memory, offset + _PROCESS.size + _SERVED.size + _FIRST.size, until)
+
+    def work_beside(self, now: float) -> bool:
+        """Return whether any process works on such a request."""
+        return any(until > now for *_, until in self._all())
+
     def serve_others(self, tenant_id: str, since: float) -> bool:
         """Return whether any process has served another tenant since then."""
         own = _key(tenant_id)
         return any(
             (at >= since and one not in (own, _NOBODY)) or (then >= since and other not in (own, _NOBODY))
-            for _, _, one, at, other, then, _, _ in self._all()
+            for _, _, one, at, other, then, *_ in self._all()
         )
 
     def put_another_first(self, tenant_id: str, now: float) -> bool:
         """Return whether any process has put another tenant first."""
         own = _key(tenant_id)
-        return any(until > now and first not in (own, _NOBODY) for *_, first, until in self._all())
+        return any(until > now and first not in (own, _NOBODY) for *_, first, until, _ in self._all())
 
-    def _all(self) -> Iterator[tuple[int, bytes, bytes, float, bytes, float, bytes, float]]:
+    def _all(self) -> Iterator[tuple[int, bytes, bytes, float, bytes, float, bytes, float, float]]:
         for offset in range(0, len(self._memory), _SEAT.size):
             told = _SEAT.unpack_from(self._memory, offset)
             if not told[0]:  # places are taken in order
@@ -79,7 +90,7 @@ class ServedPlace:
             self._offset = self._free()
             if self._offset is not None:
                 self._memory[self._offset : self._offset + _SEAT.size] = _SEAT.pack(
-                    *own, _NOBODY, 0.0, _NOBODY, 0.0, _NOBODY, 0.0
+                    *own, _NOBODY, 0.0, _NOBODY, 0.0, _NOBODY, 0.0, 0.0
                 )
         return self._offset
 

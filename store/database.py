@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.orm import DeclarativeBase
 
 from core.errors import DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
+from core.fair_share import give_way
 from core.files import FileLock
 from store import schema, scope
 
@@ -185,6 +186,7 @@ class Database:
 
         If ``work`` raises, its own changes are undone and no others.
         """
+        give_way()  # before it has the lock that a tenant with a single request would wait for
         if self.is_sqlite:
             return self._shared.run(work)
         with self.transaction(sees=sees) as tx:

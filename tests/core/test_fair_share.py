@@ -39,6 +39,23 @@ class Request(threading.Thread):
         self.join(SOON)
 
 
+class Writing(Request):
+    """A request that writes when it is told to, and is answered when it has ended."""
+
+    def __init__(self, share: FairShare, tenant: str) -> None:
+        self.may_write, self.writes, self.answers = threading.Event(), threading.Event(), threading.Event()
+        super().__init__(share, tenant)
+
+    def run(self) -> None:
+        with self._share.work_of(self._tenant):
+            self.begun.set()
+            self.may_write.wait(SOON)
+            fair_share.give_way()
+            self.writes.set()
+            self.may_end.wait(SOON)
+        self.answers.set()
+
+
 @pytest.fixture
 def requests() -> Iterator[list[Request]]:
     """All of a test, ended after it."""
@@ -140,6 +157,156 @@ def test_the_next_request_of_a_busy_tenant_waits_for_one_of_another_in_any_proce
     assert second.begun.wait(SOON)
 
 
+def test_what_arrives_of_a_busy_tenant_leaves_another_first(
+    share: FairShare, served: ServedTenants, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair_share, "PAUSE_SECONDS", SOON)
+    elsewhere = served.place()
+    with share.work_of("one"):
+        with share.work_of("other"):
+            pass
+        send(requests, share, "one", 1)
+        until_waiting(share, "one", 1)
+        assert elsewhere.put_another_first("one", time.monotonic())
+
+
+def test_the_last_of_a_busy_tenants_requests_that_waits_goes_not_before_others(
+    share: FairShare, served: ServedTenants, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with share.work_of("other"):
+        pass
+    monkeypatch.setattr(fair_share, "YIELD_SECONDS", SOON)
+    monkeypatch.setattr(fair_share, "PAUSE_SECONDS", SOON)
+    elsewhere = served.place()
+    with share.work_of("one"):
+        [last] = send(requests, share, "one", 1)
+        until_waiting(share, "one", 1)
+    assert last.begun.wait(SOON)
+    assert not elsewhere.put_another_first("other", time.monotonic())
+    last.end()
+    assert not elsewhere.put_another_first("other", time.monotonic())
+
+
+@pytest.mark.parametrize(("near", "far", "begins"), [(0.0, SOON, True), (SOON, 0.0, False)])
+def test_a_busy_tenant_waits_longer_for_one_that_goes_first_in_its_own_process(
+    near: float,
+    far: float,
+    begins: bool,
+    share: FairShare,
+    requests: list[Request],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, seconds in {"NEAR": near, "YIELD": far, "LAST": SOON, "PAUSE": SOON}.items():
+        monkeypatch.setattr(fair_share, f"{name}_SECONDS", seconds)
+    with share.work_of("one"), share.work_of("other"):
+        [second] = send(requests, share, "one", 1)
+        until_waiting(share, "one", 1)
+    assert second.begun.wait(SOON if begins else 0.05) is begins
+
+
+@pytest.mark.parametrize("limit", ["LAST", "YIELD"])
+def test_a_busy_tenants_next_request_begins_beside_one_of_another_that_takes_long(
+    limit: str, share: FairShare, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NEAR", "YIELD", "LAST"):
+        monkeypatch.setattr(fair_share, f"{name}_SECONDS", 0.0 if name == limit else SOON)
+    [first] = send(requests, share, "one", 1)
+    assert first.begun.wait(SOON)
+    with share.work_of("other"):
+        [second] = send(requests, share, "one", 1)
+        until_waiting(share, "one", 1)
+        first.end()
+        assert second.begun.wait(SOON / 2)
+
+
+def test_nobody_gives_way_to_a_request_that_takes_long(
+    share: FairShare, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair_share, "GIVE_WAY_SECONDS", SOON)
+    monkeypatch.setattr(fair_share, "YIELD_SECONDS", 0.0)
+    busy = Writing(share, "one")
+    requests += [busy]
+    send(requests, share, "one", 1)
+    for request in requests:
+        assert request.begun.wait(SOON)
+    with share.work_of("other"):
+        busy.may_write.set()
+        assert busy.writes.wait(SOON / 2)
+
+
+def test_a_busy_tenants_next_request_begins_when_one_that_goes_first_has_just_ended(
+    share: FairShare, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"NEAR": 0.0, "YIELD": SOON, "LAST": SOON, "PAUSE": SOON}.items():
+        monkeypatch.setattr(fair_share, f"{name}_SECONDS", seconds)
+    [first] = send(requests, share, "one", 1)
+    assert first.begun.wait(SOON)
+    with share.work_of("other"):
+        [second] = send(requests, share, "one", 1)
+        until_waiting(share, "one", 1)
+        first.end()
+        assert not second.begun.wait(0.05)
+    assert second.begun.wait(SOON / 2)
+
+
+def test_in_all_processes_one_request_is_worked_on_beside_those_that_go_first(
+    share: FairShare, served: ServedTenants, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"YIELD": 0.0, "LAST": SOON, "PAUSE": SOON}.items():
+        monkeypatch.setattr(fair_share, f"{name}_SECONDS", seconds)
+    with FairShare(8, served).work_of("other"):
+        pass
+    both = share, FairShare(8, served)
+    waiting = []
+    for each in both:
+        with each.work_of("one"):
+            waiting += send(requests, each, "one", 1)
+            until_waiting(each, "one", 1)
+        if each is share:
+            assert waiting[0].begun.wait(SOON)
+    assert not waiting[1].begun.wait(0.05)
+    waiting[0].end()
+    assert waiting[1].begun.wait(SOON)
+
+
+def test_a_request_of_a_busy_tenant_gives_way_to_the_only_one_of_another_before_it_writes_and_before_its_answer(
+    share: FairShare, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair_share, "GIVE_WAY_SECONDS", SOON)
+    monkeypatch.setattr(fair_share, "YIELD_SECONDS", SOON)
+    busy = Writing(share, "one")
+    requests += [busy]
+    send(requests, share, "one", 1)
+    for request in requests:
+        assert request.begun.wait(SOON)
+    for may, does in ((busy.may_write, busy.writes), (busy.may_end, busy.answers)):
+        [light] = send(requests, share, "other", 1)
+        assert light.begun.wait(SOON)
+        may.set()
+        assert not does.wait(0.05)
+        light.end()
+        assert does.wait(SOON)
+
+
+@pytest.mark.parametrize(("own", "others"), [(1, 1), (2, 2), (1, 2)])
+def test_requests_of_tenants_with_as_many_give_no_way_to_each_other(
+    own: int, others: int, share: FairShare, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair_share, "GIVE_WAY_SECONDS", 2 * SOON)
+    monkeypatch.setattr(fair_share, "YIELD_SECONDS", 2 * SOON)
+    writing = Writing(share, "one")
+    requests += [writing]
+    assert writing.begun.wait(SOON)
+    assert send(requests, share, "other", 1)[0].begun.wait(SOON)
+    for tenant, number in (("one", own - 1), ("other", others - 1)):
+        send(requests, share, tenant, number)
+        until_waiting(share, tenant, number)
+    writing.may_write.set()
+    assert writing.writes.wait(SOON)
+    writing.end()
+    assert writing.answers.wait(SOON)
+
+
 def test_two_tenants_with_many_requests_each_do_not_wait_for_each_other_in_two_processes(
     share: FairShare, served: ServedTenants, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,3 +402,4 @@ def test_what_is_known_of_tenants_does_not_grow(share: FairShare) -> None:
         with share.work_of(f"tenant-{number}"):
             pass
     assert (len(share._seen), len(share._working), len(share._held), len(share._queues)) == (2, 0, 0, 0)
+    assert not share._began

@@ -42,6 +42,20 @@ def test_a_tenant_is_first_before_others_alone_and_for_the_time_told() -> None:
     assert not own.put_another_first("other", 4.9)
 
 
+def test_that_a_process_works_beside_others_is_read_by_all_and_for_the_time_told() -> None:
+    served = ServedTenants()
+    own, theirs = served.place(), served.place()
+    in_another_process(lambda: theirs.works_beside(5.0))
+    assert own.work_beside(4.9)
+    assert not own.work_beside(5.0)
+    own.puts_first("one", 9.0)
+    own.works_beside(7.0)
+    assert own.work_beside(6.9)
+    own.works_beside(0.0)
+    assert not own.work_beside(5.0)
+    assert theirs.put_another_first("other", 8.9)
+
+
 def test_the_place_of_a_process_that_has_ended_is_taken_by_another() -> None:
     served = ServedTenants()
     ended, own = served.place(), served.place()

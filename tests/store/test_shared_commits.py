@@ -100,6 +100,18 @@ def commits(database: Database) -> list[None]:
     return counted
 
 
+def test_who_gives_way_to_another_tenant_holds_no_lock_that_this_one_waits_for(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_way() -> None:
+        with database.transaction(patience=0.1) as tx:
+            insert(1)(tx)
+
+    monkeypatch.setattr(database_module, "give_way", give_way)
+    database.write(insert(2))
+    assert seen(database) == {1, 2}
+
+
 def test_all_who_wait_share_one_commit(database: Database, commits: list[None]) -> None:
     futures = together(database, [insert(number) for number in range(6)])
     assert [future.result() for future in futures] == list(range(6))
