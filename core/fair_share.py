@@ -92,10 +92,10 @@ class FairShare:
             ):
                 self._wait(tenant_id)
             self._working[tenant_id] += 1
-            self._began[tenant_id] = time.monotonic()
+            self._began[tenant_id] = now = time.monotonic()
             self._call_next(tenant_id)  # if others are served no more
             if goes_first := not must_wait and tenant_id not in self._queues:
-                self._puts_first(tenant_id, time.monotonic() + YIELD_SECONDS)
+                self._puts_first(tenant_id, now + YIELD_SECONDS)
         with contextlib.ExitStack() as share:
             share.callback(self._give_up, tenant_id, goes_first=goes_first)
             token = _give_up.set(share.close)  # which gives it up once only
@@ -107,6 +107,8 @@ class FairShare:
                 _give_up.reset(token)
 
     def _give_way(self, tenant_id: str) -> None:
+        if not any(other != tenant_id for other in tuple(self._began)):
+            return  # without the lock, for which the threads of a tenant that is alone would wait
         with self._lock:
             self._ended.wait_for(lambda: not self._has_to_give_way(tenant_id), GIVE_WAY_SECONDS)
 
