@@ -56,6 +56,7 @@ SECTIONS = {
         "logout": Lazy("access:logout", "Delete the saved login."),
         "token": Lazy("access:token", "Operator tokens: list, create, revoke."),
         "tenant": Lazy("tenants:tenant", "Tenants: list, show, add, update, suspend, resume, remove."),
+        "broker": Lazy("brokers:broker", "Brokers: list, show, add, update, away, back, remove."),
     },
     "Operation": {
         "status": Lazy("operation:status", "Check whether the portal is ready, and if not, why."),

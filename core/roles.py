@@ -8,7 +8,7 @@ TOKEN_PREFIX = "op_"  # noqa: S105 - lets secret scanners find a token that leak
 
 
 class Role(StrEnum):
-    """What an operator may do within its tenant; see ``MAY``. ``SYSTEM`` also rules over the tenants themselves."""
+    """What an operator may do within its tenant; see ``MAY``. ``SYSTEM`` also rules over tenants and brokers."""
 
     SYSTEM = "system"
     ADMIN = "admin"
@@ -27,12 +27,13 @@ class Permission(StrEnum):
     APPLICATIONS = "applications"
     PROFILES = "profiles"
     TENANTS = "tenants"
+    BROKERS = "brokers"
 
 
 # By role. A client without a token has a role that is not in ``Role``, and no permission.
 MAY: dict[str, frozenset[Permission]] = {
     Role.SYSTEM: frozenset(Permission),
-    Role.ADMIN: frozenset(Permission) - {Permission.TENANTS},
+    Role.ADMIN: frozenset(Permission) - {Permission.TENANTS, Permission.BROKERS},
     Role.OPERATOR: frozenset({Permission.READ, Permission.CHANGE}),
     Role.AUDITOR: frozenset({Permission.READ, Permission.AUDIT}),
 }

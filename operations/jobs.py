@@ -77,8 +77,7 @@ def write_lists_of_cas(portal: Portal) -> None:
 
 
 def _state(portal: Portal) -> generations.BrokerStateRecord:
-    with portal.database.snapshot() as tx:
-        return generations.get_broker_state(tx)
+    return portal.reconciler.own_state()
 
 
 def expire(portal: Portal) -> None:

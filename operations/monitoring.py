@@ -28,6 +28,7 @@ from store.database import Database
 from store.scope import ALL_TENANTS
 from store.tables import DEFAULT_TENANT
 from workflows.authority.issuers import Authority
+from workflows.brokers import BrokerState, states_of
 from workflows.presence import ContactFile
 from workflows.reconciliation import Reconciler
 
@@ -67,6 +68,14 @@ class Readiness:
             ("broker", "broker_not_enforcing", self._broker_problem),
         ]
         return [Check(name, code, _problem_of(question)) for name, code, question in named]
+
+    def brokers(self) -> list[Check]:
+        """Return a check for each broker where there are several; the portal is ready whatever they say."""
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            found = states_of(tx)
+        if len(found) == 1:
+            return []
+        return [Check(f"broker {one.record.name}", f"broker_{one.standing}", one.sentence) for one in found]
 
     def _database_problem(self) -> None:
         self._database.ping()
@@ -114,8 +123,7 @@ class Readiness:
     def _broker_problem(self) -> str | None:
         if not self._reconciler.broker_answers():
             return "The broker does not answer on its internal listener; start it, or see its log."
-        with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            state = generations.get_broker_state(tx)
+        state = self._reconciler.own_state()
         if state.applied_generation < state.generation:
             return (
                 f"The broker enforces generation {state.applied_generation}, the newest is {state.generation};"
@@ -152,7 +160,7 @@ class Monitoring:
         """Return all gauges; takes about 0.15 s with 100,000 devices."""
         now = self._clock()
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            stored = [*self._of_tenants(tx, None, now), *self._generations(tx, now)]
+            stored = [*self._of_tenants(tx, None, now), *self._generations(tx, now), *_of_brokers(states_of(tx), now)]
             issuers = store_issuers.issuer_expiries(tx)
         up = float(self._reconciler.broker_answers())
         return [
@@ -187,12 +195,12 @@ class Monitoring:
             _gauge("portal_generation", "The newest generation of what the broker must know.", state.generation),
             _gauge(
                 "portal_generation_enforced",
-                "The newest generation that the broker was seen to enforce.",
+                "The newest generation that every broker which counts was seen to enforce.",
                 state.applied_generation,
             ),
             _gauge(
                 "portal_generation_pending_seconds",
-                "Time since the broker was last seen to enforce the newest generation; 0 if it does.",
+                "Time since every broker was last seen to enforce the newest generation; 0 if all do.",
                 pending,
             ),
         ]
@@ -233,6 +241,30 @@ class Monitoring:
                 refused,
             ),
         ]
+
+
+def _of_brokers(states: Sequence[BrokerState], now: datetime) -> list[Gauge]:
+    heard = [(one.record.name, one.record.reported_at) for one in states]
+    return [
+        _gauges(
+            "portal_broker_generation_enforced",
+            "The newest generation that a broker was seen to enforce.",
+            "broker",
+            [(one.record.name, one.record.applied_generation) for one in states],
+        ),
+        _gauges(
+            "portal_broker_counts",
+            "1 if a change is enforced only once this broker enforces it, 0 if it was declared away or has not joined.",
+            "broker",
+            [(one.record.name, float(one.record.counts)) for one in states],
+        ),
+        _gauges(
+            "portal_broker_reported_seconds",
+            "Time since a broker was last heard of, or proved something; no value before.",
+            "broker",
+            [(name, max(0.0, (now - at).total_seconds())) for name, at in heard if at is not None],
+        ),
+    ]
 
 
 def _gauge(name: str, text: str, value: float) -> Gauge:

@@ -45,6 +45,7 @@ from workflows.authority.creation import create_tenant_issuer, open_authority
 from workflows.authority.issuers import Authority
 from workflows.authority.keys import open_keys
 from workflows.authority.ocsp import Responder, ResponderCertificates
+from workflows.brokers import Brokers
 from workflows.bulk.batch import Batches
 from workflows.bulk.processes import CredentialProcesses
 from workflows.bulk.upload import Bulk
@@ -113,6 +114,7 @@ class Portal:
     tenant_terms: TenantDirectory
     fair_share: FairShare
     tenants: Tenants
+    brokers: Brokers
     tenant_removals: TenantRemovals
     keys: KeyStores
     authority: Authority
@@ -304,6 +306,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         tenant_terms=tenant_terms,
         fair_share=FairShare(settings.threads, served),
         tenants=(administration := _tenants(base, answers)),
+        brokers=Brokers(database, reconciler, clock),
         tenant_removals=TenantRemovals(
             settings, database, administration, reconciler, base.keys, base.audit_logs, base.broker, clock
         ),

@@ -72,7 +72,7 @@ def get_broker(tx: Connection, name: str) -> BrokerRecord:
     """Return a broker by its name; raises ``NotFound``."""
     row = tx.execute(_ALL.where(Broker.name == name)).one_or_none()
     if row is None:
-        raise NotFound(f"There is no broker {name[:63]}; portal broker list names them.")
+        raise NotFound("No broker has this name; list them with GET /brokers.")
     return _record(row)
 
 
@@ -132,6 +132,11 @@ def declare_away(tx: Connection, record: BrokerRecord, *, at: datetime) -> None:
 def declare_back(tx: Connection, record: BrokerRecord, *, at: datetime) -> None:
     """Let a broker count again."""
     _update(tx, record.id, at, away_since=None)
+
+
+def set_address(tx: Connection, broker_id: int, address: str | None) -> None:
+    """Change what people read of where clients connect to."""
+    tx.execute(sa.update(Broker).where(Broker.id == broker_id).values(address=address))
 
 
 def _check_not_last(tx: Connection, record: BrokerRecord) -> None:

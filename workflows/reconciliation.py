@@ -287,7 +287,7 @@ class Reconciler:
 
     def applied_generation(self) -> int:
         """Return the newest generation that the broker was seen to enforce, by any process."""
-        return self._own_state().applied_generation
+        return self.own_state().applied_generation
 
     def damage(self) -> list[str]:
         """Return what is wrong with the broker's files, a sentence each; checked again if they may be being written."""
@@ -331,7 +331,7 @@ class Reconciler:
                 if stopping.wait(interval - quiet):
                     return
                 started = time.monotonic()
-                state = self._own_state()
+                state = self.own_state()
                 if state.applied_generation < state.generation:
                     self.apply(state.generation, timeout=self._settings.enforce_timeout)
                 self.restart_if_due()
@@ -346,14 +346,15 @@ class Reconciler:
 
     def _seconds_since_last(self) -> float:
         """Return how long ago the broker was last seen to obey, by any process."""
-        applied_at = self._own_state().applied_at
+        applied_at = self.own_state().applied_at
         return math.inf if applied_at is None else max(0.0, (self._clock() - applied_at).total_seconds())
 
     def _active_devices(self) -> int:
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             return devices.count_active(tx)
 
-    def _own_state(self) -> BrokerStateRecord:
+    def own_state(self) -> BrokerStateRecord:
+        """Return the newest generation, and the one that this node's broker was seen to enforce, by any process."""
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             return brokers.own_state(tx, self._broker_id)
 

@@ -25,7 +25,7 @@ from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
 from pki.outer_chain import decode_above
 from pki.profiles import is_own_name, violated_constraint
-from store import generations, grants, schema, tenants
+from store import brokers, generations, grants, schema, tenants
 from store.issuers import IssuerRecord
 from store.names import living_names
 from store.tables import Delivery
@@ -189,18 +189,25 @@ def audit_record(installation: Installation) -> Finding:
 
 
 def generation(installation: Installation) -> Finding:
-    """Check that the broker enforces the newest generation, now or within ``PORTAL_ENFORCE_TIMEOUT``."""
+    """Check that each broker that counts enforces the newest generation, now or within ``PORTAL_ENFORCE_TIMEOUT``."""
     with installation.snapshot() as tx:
         wanted = generations.get_broker_state(tx).generation
     deadline = time.monotonic() + installation.settings.enforce_timeout
     while True:
         with installation.snapshot() as tx:
-            state = generations.get_broker_state(tx)
+            state, behind = generations.get_broker_state(tx), brokers.behind(tx, wanted)
+            several = len(brokers.list_brokers(tx)) > 1
         if state.applied_generation >= wanted:
             return well(f"The broker enforces generation {state.applied_generation}.")
         if time.monotonic() >= deadline:
             break
         time.sleep(0.1)
+    if several:
+        return problem(
+            f"Generation {wanted} is not enforced yet at {', '.join(behind)}: revocations made since"
+            f" {state.applied_generation} are not in force there.",
+            "portal broker list says what was last heard of each; declare one away that is gone for good.",
+        )
     since = f" since {state.applied_at:%Y-%m-%d %H:%M:%S} UTC" if state.applied_at else ""
     return problem(
         f"The broker enforces generation {state.applied_generation}{since}, the newest is {wanted}:"

@@ -24,6 +24,7 @@ DEVICE_ID = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
 GROUPS = (
     "application",
+    "broker",
     "audit",
     "enrolment",
     "group",
@@ -91,6 +92,7 @@ EMPTY_LISTS = {  # what each command that prints a table asks for, and says wher
     "list": ("/devices", "devices", "No devices yet."),
     "list --type pump": ("/devices", "devices", "No matching devices."),
     "expiring": ("/devices", "devices", "that expires before 20"),
+    "broker list": ("/brokers", "brokers", "No brokers."),
     "application list": ("/applications", "applications", "No applications yet."),
     "application list --q x": ("/applications", "applications", "No matching applications."),
     f"certificates {DEVICE_ID}": (f"/devices/{DEVICE_ID}/certificates", "certificates", "has no certificates."),
@@ -145,9 +147,8 @@ def test_a_list_is_a_table_on_a_terminal_and_lines_in_a_pipe(session: Session, s
     with terminal(session, *command.split(), NO_COLOR="1") as seen:
         assert seen.end() == 0, seen.seen
     titles, *lines = seen.seen.splitlines()
-    first = {"audit list": "time", "profile list": "name", "tenant list": "name", "group list": "name"}.get(
-        command, "id"
-    )
+    of_names = dict.fromkeys(("broker list", "profile list", "tenant list", "group list"), "name")
+    first = {"audit list": "time", **of_names}.get(command, "id")
     first = "serial number" if name == "certificates" else first
     assert titles.lower().startswith(first)
     piped = session.run(*command.split()).stdout.splitlines()
@@ -184,6 +185,7 @@ PROFILE = {
     "updated_at": "2027-01-01T00:00:00Z",
 }
 TENANT = {"name": "acme", "status": "active", "topic_prefix": "acme", "est_label": "acme", "broker": "enforced"}
+BROKER = {"name": "edge-1", "state": "pending", "generation": 412, "enforced_generation": 409, "told_by": "agent"}
 COMMANDS: dict[
     str, tuple[str, str, dict[str, Any] | bytes] | None
 ] = {  # with the answer, where the small portal has none
@@ -246,6 +248,16 @@ COMMANDS: dict[
     f"group add-members pilots {DEVICE_ID}": ("POST", "/groups/pilots/members", GROUP | {"added": 1, "removed": 0}),
     f"group remove-members pilots {DEVICE_ID}": ("POST", "/groups/pilots/members", GROUP | {"added": 0, "removed": 1}),
     "group remove pilots --yes": ("DELETE", "/groups/pilots", GROUP),
+    "broker show edge-1": ("GET", "/brokers/edge-1", BROKER),
+    "broker add edge-1 --address edge-1:8883 --code-out {new}": (
+        "POST",
+        "/brokers",
+        BROKER | {"code": "c", "url": "https://portal.example.com"},
+    ),
+    "broker update edge-1 --address edge-1:8883": ("PATCH", "/brokers/edge-1", BROKER),
+    "broker away edge-1 --reason closed --yes": ("POST", "/brokers/edge-1/away", BROKER),
+    "broker back edge-1": ("POST", "/brokers/edge-1/back", BROKER),
+    "broker remove edge-1 --confirm edge-1": ("DELETE", "/brokers/edge-1", BROKER),
     "tenant show acme": ("GET", "/tenants/acme", TENANT),
     "tenant add acme --token-out {new}": ("POST", "/tenants", TENANT | {"token": "t"}),
     "tenant update acme --max-devices 5 --clear link_hours": ("PATCH", "/tenants/acme", TENANT),

@@ -50,6 +50,18 @@ FULL: dict[str, tuple[str, str, dict[str, Any]]] = {  # the path, the name and a
         {"name": "gateways", "members": 12, "description": "At the doors", "validity_days": 90, "topics": TOPICS},
     ),
     "profile list": ("/profiles", "profiles", {"name": "tls-server"}),
+    "broker list": (
+        "/brokers",
+        "brokers",
+        {
+            "name": "edge-1",
+            "state": "pending",
+            "generation": 412,
+            "enforced_generation": 409,
+            "reported_at": "2026-01-01T00:00:00.000000Z",
+            "problem": "The broker does not answer.",
+        },
+    ),
     "tenant list": ("/tenants", "tenants", {"name": "acme", "topic_prefix": "sites/acme"}),
     "waiting": ("/enrolments", "enrolments", {"device_id": ID, "name": "pump-17"}),
     "token list": ("/tokens", "tokens", {"token_id": SHORT_ID, "name": "factory"}),

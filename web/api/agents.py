@@ -7,19 +7,17 @@ from typing import Annotated
 from pydantic import Field
 
 from core.roles import Permission
-from web.api.fields import PROFILE_NAME
+from web.api.fields import BrokerAddress, BrokerName
 from web.api.routing import ANYONE, AnswerModel, Answers, Call, RequestModel, Routes, Timestamp
 
 ROUTES = Routes("Brokers")
-BrokerName = Annotated[str, Field(pattern=PROFILE_NAME, examples=["plant-2"], description="The name of a broker")]
-_Address = Annotated[str, Field(min_length=1, max_length=255, examples=["mqtt.plant-2.example.org:8883"])]
 
 
 class BrokerRequest(RequestModel):
     """A broker elsewhere to add: `address` is what clients connect to, HOST or HOST:PORT."""
 
     name: BrokerName
-    address: _Address
+    address: BrokerAddress
 
 
 class NewBrokerModel(AnswerModel):
@@ -60,7 +58,7 @@ class JoinedModel(AnswerModel):
 @ROUTES.add(
     "POST",
     "/brokers",
-    Permission.TENANTS,
+    Permission.BROKERS,
     Answers("The broker with the code of its agent, which is shown only once", status=201),
     errors=(409,),
 )

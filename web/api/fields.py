@@ -84,6 +84,8 @@ GroupName = Annotated[
     str, Field(pattern=PROFILE_NAME, examples=["hall-2"], description="The name of a group of devices")
 ]
 GroupNames = Annotated[list[GroupName], Field(max_length=32, description="Groups that the device is put into")]
+BrokerName = Annotated[str, Field(pattern=PROFILE_NAME, examples=["edge-1"])]
+BrokerAddress = Annotated[str, Field(min_length=1, max_length=255, pattern=_TEXT, examples=["edge-1.example.com:8883"])]
 TenantName = Annotated[str, Field(pattern=PROFILE_NAME, examples=["acme"])]
 TopicPrefix = Annotated[str, Field(pattern=TOPIC_PREFIX, max_length=256, examples=["sites/acme"])]
 MetadataPair = Annotated[

@@ -70,7 +70,8 @@ def readyz(call: Call) -> Reply:
     failed = _of_tenants(call)
     own = failed.get(call.actor.tenant_id)
     ready = own is None and all(check.ok for check in shared)  # another's trouble is nobody else's
-    checks = [*shared, *(_told(check, True) for check in failed.values()), *_of_provider(call, is_operator)]
+    others = [*_of_brokers(call, is_operator), *_of_provider(call, is_operator)]
+    checks = [*shared, *(_told(check, True) for check in failed.values()), *others]
     return Reply(ReadyModel(status="ready" if ready else "not ready", checks=checks), status=200 if ready else 503)
 
 
@@ -78,6 +79,14 @@ def _told(check: Check, tell: bool) -> CheckModel:
     if check.problem is None:
         return CheckModel(name=check.name, ok=True)
     return CheckModel(name=check.name, ok=False, code=check.code, problem=check.problem if tell else FOR_OPERATORS)
+
+
+def _of_brokers(call: Call, tell: bool) -> list[CheckModel]:
+    """Return a check for each broker, where there are several, for those who may know: a portal is ready without."""
+    try:
+        return [_told(check, True) for check in call.portal.readiness.brokers()] if tell else []
+    except DatabaseUnavailable:
+        return []
 
 
 def _of_provider(call: Call, tell: bool) -> list[CheckModel]:

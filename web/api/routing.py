@@ -278,6 +278,7 @@ PATH_PARTS: Mapping[str, tuple[str, type[PortalError], str]] = {
     "profile": (PROFILE_NAME, NotFound, "No certificate profile has this name; list them with GET /profiles."),
     "group": (PROFILE_NAME, NotFound, "No group has this name; list them with GET /groups."),
     "tenant": (PROFILE_NAME, NotFound, "No tenant has this name; list them with GET /tenants."),
+    "broker": (PROFILE_NAME, NotFound, "No broker has this name; list them with GET /brokers."),
     "label": ("^[A-Za-z0-9._-]{1,64}$", NotFound, "Unknown EST label; leave it out, or use the tenant's name."),
     "issuer": ("^[a-z0-9-]{1,64}$", NotFound, "No issuer has this name; the certificate chain is at /ca.pem."),
     "token": (

@@ -43,6 +43,7 @@ TABS = (
     Tab("Manufacturers", f"{ACCESS}/manufacturers", Permission.READ),
     Tab("Applications", f"{ACCESS}/applications", Permission.READ),
     Tab("Tenants", f"{ACCESS}/tenants", Permission.TENANTS),
+    Tab("Brokers", f"{ACCESS}/brokers", Permission.BROKERS),
 )
 
 

@@ -189,6 +189,7 @@ def test_no_route_shows_or_changes_what_is_another_tenants(
 ) -> None:
     path = route.path.format(
         **{"issuer": "0" * 16, "label": "another", "tenant": "default", "request": "0" * 16, "log": "0" * 16}
+        | {"broker": "main"}
         | owned.parts
     )
     body = BODIES.get(f"{route.method} {route.path}", {}) if route.method in ("POST", "PATCH") else None

@@ -1,0 +1,146 @@
+"""The brokers of the installation: which there are, how each stands, and which of them count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from core.errors import InputInvalid, StateConflict
+from core.states import BrokerKind
+from store import audit, brokers, generations
+from store.audit import Actor
+from store.brokers import BrokerRecord
+from store.database import Database
+from store.scope import ALL_TENANTS
+from workflows.reconciliation import Reconciler
+
+
+class Standing(StrEnum):
+    """How a broker stands to the newest generation."""
+
+    ENFORCED = "enforced"
+    PENDING = "pending"
+    AWAY = "away"
+    INVITED = "invited"
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerState:
+    """A broker, and the generation that it has to reach."""
+
+    record: BrokerRecord
+    generation: int
+
+    @property
+    def standing(self) -> Standing:
+        """Whether it has everything; not asked of one that does not count."""
+        if self.record.joined_at is None:
+            return Standing.INVITED
+        if self.record.away_since is not None:
+            return Standing.AWAY
+        return Standing.ENFORCED if self.record.applied_generation >= self.generation else Standing.PENDING
+
+    @property
+    def sentence(self) -> str | None:
+        """What is to be said of it, ``None`` if all is well."""
+        record, standing = self.record, self.standing
+        if standing is Standing.AWAY and record.away_since is not None:
+            return f"{record.name} was declared away at {record.away_since:%Y-%m-%d %H:%M} UTC, and does not count."
+        if standing is not Standing.PENDING:
+            return None
+        proven = "nothing yet" if record.applied_at is None else f"generation {record.applied_generation}"
+        heard = "" if record.reported_at is None else f", last heard of at {record.reported_at:%Y-%m-%d %H:%M:%S} UTC"
+        why = "" if record.problem is None else f": {record.problem}"
+        return f"{record.name} was seen to enforce {proven}, the newest is {self.generation}{heard}{why}"
+
+
+def states_of(tx: Connection) -> Sequence[BrokerState]:
+    """Return all brokers in the order in which they were added."""
+    generation = generations.get_broker_state(tx).generation
+    return [BrokerState(record, generation) for record in brokers.list_brokers(tx)]
+
+
+@dataclass(frozen=True, slots=True)
+class Brokers:
+    """Shows brokers, and decides which of them count."""
+
+    _database: Database
+    _reconciler: Reconciler
+    _clock: Callable[[], datetime]
+
+    def list(self) -> Sequence[BrokerState]:
+        """Return all brokers in the order in which they were added."""
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            return states_of(tx)
+
+    def show(self, name: str) -> BrokerState:
+        """Return a broker; raises ``NotFound``."""
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            return _state(tx, name)
+
+    def set_address(self, actor: Actor, name: str, address: str | None) -> BrokerState:
+        """Change what people read of where clients connect to; raises ``NotFound``."""
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            record = brokers.get_broker(tx, name)
+            if record.address != address:
+                brokers.set_address(tx, record.id, address)
+                self._record(tx, actor, "update", name, address=address)
+            return _state(tx, name)
+
+    def declare_away(self, actor: Actor, name: str, reason: str) -> BrokerState:
+        """Let a broker not count, though it may admit whom it does not know to be revoked; may be repeated.
+
+        Raises ``NotFound``, and ``StateConflict`` for the last one that counts and for one that has not joined.
+        """
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            record, now = brokers.get_broker(tx, name), self._clock()
+            if record.joined_at is None:
+                raise StateConflict(f"{name} has not joined, so that it does not count; remove it if it will not.")
+            if record.away_since is None:
+                brokers.declare_away(tx, record, at=now)
+                self._record(tx, actor, "away", name, reason=reason)
+            state = _state(tx, name)
+        self._reconciler.heard_of_another()
+        return state
+
+    def declare_back(self, actor: Actor, name: str) -> BrokerState:
+        """Let a broker count again, as of which nothing is enforced that it lacks; may be repeated.
+
+        Raises ``NotFound``.
+        """
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            record = brokers.get_broker(tx, name)
+            if record.away_since is not None:
+                brokers.declare_back(tx, record, at=self._clock())
+                self._record(tx, actor, "back", name)
+            return _state(tx, name)
+
+    def remove(self, actor: Actor, name: str, confirm: str) -> BrokerState:
+        """Forget the broker of an agent, which learns nothing any more, and return what was known of it.
+
+        ``confirm`` repeats the name.
+        Raises ``NotFound``, ``InputInvalid``, and ``StateConflict`` for one beside a node, and the last that counts.
+        """
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            record = brokers.get_broker(tx, name)
+            if confirm != name:
+                raise InputInvalid("confirm must be the name of the broker.")
+            if record.kind is BrokerKind.NODE:
+                raise StateConflict(f"{name} runs beside a node of the portal; declare it away if it is to be stopped.")
+            state = _state(tx, name)
+            brokers.remove_broker(tx, record, at=self._clock())
+            self._record(tx, actor, "remove", name)
+        self._reconciler.heard_of_another()
+        return state
+
+    def _record(self, tx: Connection, actor: Actor, act: str, name: str, **detail: Any) -> None:
+        audit.record(tx, actor, f"broker:{act}", f"broker:{name}", at=self._clock(), **detail)
+
+
+def _state(tx: Connection, name: str) -> BrokerState:
+    return BrokerState(brokers.get_broker(tx, name), generations.get_broker_state(tx).generation)
