@@ -119,18 +119,28 @@ def set_next_certificate(tx: Connection, broker_id: int, fingerprint: str) -> No
     _update(tx, broker_id, next_certificate=fingerprint)
 
 
-def give(tx: Connection, broker_id: int, *, held: Given, given: Given) -> None:
-    """Record which page of changes an agent is given, and which one it has shown to have."""
-    _update(
-        tx,
-        broker_id,
-        held_generation=held.generation,
-        held_digest=held.digest,
-        held_is_last=held.is_last,
-        given_generation=given.generation,
-        given_digest=given.digest,
-        given_is_last=given.is_last,
-    )
+def give(tx: Connection, broker_id: int, *, held: Given, given: Given) -> bool:
+    """Record which page of changes an agent is given, and which one it has shown to have.
+
+    Return whether that is so: ``begin_again`` may have come in between.
+    """
+    values = {
+        "held_generation": held.generation,
+        "held_digest": held.digest,
+        "held_is_last": held.is_last,
+        "given_generation": given.generation,
+        "given_digest": given.digest,
+        "given_is_last": given.is_last,
+    }
+    conditions = [BrokerAgent.broker_id == broker_id]
+    if held.generation or held.is_last:  # it does not begin with nothing
+        conditions.append(sa.or_(BrokerAgent.held_digest == held.digest, BrokerAgent.given_digest == held.digest))
+    return tx.execute(sa.update(BrokerAgent).where(*conditions).values(**values)).rowcount == 1
+
+
+def begin_again(tx: Connection) -> None:
+    """Give all agents everything anew: the database is not what it was when they were told, with all changes since."""
+    tx.execute(sa.update(BrokerAgent).values(held_digest="", given_digest=""))
 
 
 def _update(tx: Connection, broker_id: int, **values: object) -> None:

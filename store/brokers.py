@@ -189,6 +189,12 @@ def set_applied_generation(tx: Connection, broker_id: int, generation: int, *, a
         _count_again(tx, applied_at)
 
 
+def forget_proofs_of_agents(tx: Connection, *, at: datetime) -> None:
+    """Let the brokers of agents not be known to enforce anything: the database is an older one than they were told."""
+    tx.execute(sa.update(Broker).where(Broker.kind == BrokerKind.AGENT).values(applied_generation=0))
+    _count_again(tx, at)
+
+
 def set_problem(tx: Connection, broker_id: int, problem: str | None, *, at: datetime) -> None:
     """Record that a broker was heard of, and what was wrong then."""
     cut = None if problem is None else problem[:1000]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.support.programs import ROOT
 FOLDER = ROOT / "deploy" / "container"
 COMPOSE: dict[str, Any] = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 OURS = ("portal", "broker")
+IMAGES = (*OURS, "agent")
 
 
 def stages() -> dict[str, list[str]]:
@@ -55,7 +57,7 @@ def test_what_is_copied_is_there_and_nothing_is_fetched_by_address() -> None:
     assert not [line for stage in stages() for line in values(stage, "ADD")]
 
 
-@pytest.mark.parametrize("stage", OURS)
+@pytest.mark.parametrize("stage", IMAGES)
 def test_an_image_runs_as_a_user_without_rights_and_says_whether_it_lives(stage: str) -> None:
     # One with a group would lose the other groups that it is in.
     assert re.fullmatch(r"1\d{4}", " ".join(values(stage, "USER")))
@@ -70,6 +72,40 @@ def test_the_broker_has_the_guard_and_openssls_settings_where_they_are_looked_fo
     assert copied["/usr/local/lib/portal_guard.so"] == str(PLUGINS[0])
     assert f"OPENSSL_CONF={copied['mosquitto/openssl.cnf']}" in values("broker", "ENV")
     assert copied["mosquitto/portal.conf"] in values("broker", "CMD")[0]
+
+
+# Fails where a package of the environment is imported that is not among those given.
+ONLY = """
+import importlib.metadata, re, sys
+allowed = {*sys.argv[1].split(), "annotated-types", "cffi", "pycparser", "python-dotenv", "typing-extensions",
+           "typing-inspection", "pydantic-core"}
+tops = importlib.metadata.packages_distributions()
+class Refuser:
+    def find_spec(self, name, path=None, target=None):
+        of = {re.sub("[_.]", "-", one.lower()) for one in tops.get(name.partition(".")[0], ())}
+        if of and not of & allowed:
+            raise ImportError(f"{name} is of {of}")
+sys.meta_path.insert(0, Refuser())
+import operations.agent.commands, operations.agent.agent, operations.agent.joining
+"""
+
+
+@pytest.mark.parametrize("lacks", ["", "urllib3"])
+def test_the_image_of_the_agent_has_the_packages_that_it_imports_and_no_others(lacks: str) -> None:
+    [installed] = [line for line in values("agentbuild", "RUN") if "onboarding-agent" in line]
+    packages = installed.partition("-c /src/requirements.txt ")[2].partition(" && ")[0].split()
+    assert not {"flask", "sqlalchemy", "gunicorn", "psycopg"} & {*packages}
+    command = [sys.executable, "-c", ONLY, " ".join(name for name in packages if name != lacks)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode == 0) is not bool(lacks), done.stderr
+
+
+def test_the_agent_writes_where_the_broker_reads() -> None:
+    environment = dict(re.findall(r'(PORTAL_\w+)=("[^"]*"|\S+)', " ".join(values("agent", "ENV"))))
+    given = {name: value.strip('"') for name, value in environment.items()} | {"PORTAL_BROKER_GROUP": ""}
+    settings = Settings.from_env(given)
+    assert str(settings.broker_dir) in values("broker", "VOLUME")
+    assert settings.broker_restart == f"touch {settings.broker_dir}/restart"
 
 
 @pytest.mark.parametrize("name", list(COMPOSE["services"]))

@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from broker.guard.feed import Mark, TrustNames, none_line
+from broker.guard.feed import Mark, Page, TrustNames, none_line
 from config import Settings
 from core.errors import (
     BodyTooLarge,
@@ -34,7 +34,7 @@ from core.errors import (
 )
 from core.files import FileLock
 from operations.wiring import Portal
-from store.agents import AgentRecord
+from store.agents import AgentRecord, Given
 from web.api.problems import of_error
 from web.listeners import CIPHERS, listen
 from workflows.agents.agents import AgentCertificate, Report
@@ -288,18 +288,24 @@ class _Conversation(BaseHTTPRequestHandler):
         has_changes = feed.wait(start, seen, wait, goes_on=lambda: not self._listener.stopping.is_set())
         if wait and has_changes:  # it may have been removed meanwhile, or have another certificate
             record = self._portal.agents.shown(self._client.getpeercert(binary_form=True) or b"")
+            start = feed.start_of(record, mark)
         if not has_changes:
             content = none_line(start.generation, feed.names())
             self._send(HTTPStatus.OK, content, "text/plain")
             return
-        page = feed.page(record, start)
+        with contextlib.closing(feed.page(record, start)) as page:
+            self._send_page(record, start, page)
+
+    def _send_page(self, record: AgentRecord, start: Given, page: Page) -> None:
+        feed = self._portal.agent_feed
         end_size = len(page.end(feed.names()))
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", "text/plain")
-        self.send_header("Content-Length", str(len(page.content) + end_size))
+        self.send_header("Content-Length", str(page.size + end_size))
         self.end_headers()
         self._begun = True
-        self._write(page.content)
+        for block in page.blocks():
+            self._write(block)
         feed.given(record, start, page)
         self._write(page.end(feed.names()))
 

@@ -20,7 +20,7 @@ from core.failpoints import failpoint
 from core.tenants import TenantStatus
 from pki.issuers import Reason
 from pki.keys.stores import KeyStores
-from store import audit, issuers, tenant_rows, tenants
+from store import agents, audit, issuers, tenant_rows, tenants
 from store.audit import Actor
 from store.database import Database
 from store.scope import ALL_TENANTS
@@ -174,6 +174,7 @@ class TenantRemovals:
         self._broker.begin_again()
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             generation = db.next_generation(tx, at=self._clock())
+            agents.begin_again(tx)
         return self._reconciler.apply_everywhere(generation).covers(generation) and not self._broker.begins_again
 
     def _destroy_keys(self, tenant_id: str) -> None:

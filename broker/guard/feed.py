@@ -19,8 +19,10 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import IO
 
 from broker.control import Changes
 from broker.crl import NO_TENANTS, Trust
@@ -31,6 +33,8 @@ from core.errors import ProjectionInvalid
 from core.tenants import TenantOnBroker
 
 MAX_LINE = journal.MAX_LINE_BYTES
+MAX_IN_MEMORY = 8 << 20  # bytes of a page
+_BLOCK_LINES, _BLOCK_BYTES = 1000, 64 << 10
 NO_DIGEST = "0" * 64  # of who has nothing
 _HEADER = re.compile(rb"changes ([0-9]{1,19}) [0-9a-f]{32}\n")
 _END = re.compile(rb"end ([0-9]{1,19}) (more|all) ([0-9]{1,19}) ([0-9a-f]{64}) ([0-9a-f]{64}) ([0-9a-f]{64})\n")
@@ -65,38 +69,71 @@ class TrustNames:
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
 class Lines:
-    """Collects lines, and their digest."""
+    """Collects lines, and their digest: in memory, or in a temporary file once they are many."""
 
-    size: int = 0
-    _blocks: list[bytes] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.size = 0
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(MAX_IN_MEMORY)  # noqa: SIM115 - closed with the page
+        self._digest = hashlib.sha256()
+        self._block: list[str] = []
 
     def add(self, text: str) -> None:
         """Add a line."""
-        line = f"{text}\n".encode("ascii")
-        self.size += len(line)
-        self._blocks.append(line)
+        self._block.append(text)
+        if len(self._block) >= _BLOCK_LINES:
+            self._write()
 
     def discard(self) -> None:
         """Drop all of them."""
-        self._blocks.clear()
-        self.size = 0
+        self._file.close()
 
-    def content(self) -> bytes:
-        """Return all of them."""
-        return b"".join(self._blocks)
+    def _write(self) -> None:
+        content = "".join(f"{text}\n" for text in self._block).encode("ascii")
+        self._block.clear()
+        self.size += len(content)
+        self._digest.update(content)
+        self._file.write(content)
+
+    def page(self, since: int, generation: int, newest: int) -> Page:
+        """Return the page that they make."""
+        self._write()
+        digest = self._digest.hexdigest()
+        if self.size > MAX_IN_MEMORY:
+            return Page(since, generation, newest, self.size, digest, file=self._file)
+        with self._file as file:
+            file.seek(0)
+            return Page(since, generation, newest, self.size, digest, file.read())
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The lines of a page but for the last one, from ``since`` to ``generation``; ``newest`` is the database's."""
+    """The lines of a page but for the last one, from ``since`` to ``generation``; ``newest`` is the database's.
+
+    ``size`` is that of its lines in bytes. Several may read a page that is in memory, one a page that is in a file.
+    """
 
     since: int
     generation: int
     newest: int
-    content: bytes = field(repr=False)
+    size: int
     digest: str
+    content: bytes = field(default=b"", repr=False)
+    file: IO[bytes] | None = field(default=None, repr=False)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the lines in blocks."""
+        if self.file is None:
+            yield self.content
+            return
+        self.file.seek(0)
+        while block := self.file.read(_BLOCK_BYTES):
+            yield block
+
+    def close(self) -> None:
+        """Remove the file of a long page, which has been read."""
+        if self.file is not None:
+            self.file.close()
 
     @property
     def is_last(self) -> bool:

@@ -225,7 +225,7 @@ class Agent:
         try:
             for text in _with_suspensions(self._texts(reader, lines)):
                 if isinstance(text, TenantOnBroker):
-                    draft.tell_tenant(text)
+                    self._tell_tenant(draft, text)
                 elif not sessions.take(text):
                     draft.add_line(text, urgent=self._is_awaited(text))
         except BaseException:
@@ -235,6 +235,15 @@ class Agent:
         if reader.page is None:
             raise ProjectionInvalid("The portal's list of changes was cut; it is asked for again.")
         return reader.page, sessions
+
+    def _tell_tenant(self, draft: GuardDraft, tenant: TenantOnBroker) -> None:
+        """Add a tenant; if the journal has another one in its place that was removed since, all begins again."""
+        try:
+            draft.tell_tenant(tenant)
+        except ProjectionInvalid:
+            self._begin_again()
+            self._installed = NOTHING
+            raise
 
     @staticmethod
     def _texts(reader: PageReader, lines: Iterator[bytes]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from config import Settings
 from core.errors import StartupError
 from core.files import private_folder, replace_file
 
-NOT_JOINED = "This agent has not joined a portal; see portal broker add, and portal-server agent join --help."
+NOT_JOINED = "This agent has not joined a portal; see docs/how-to/edge.md, and portal-server agent join --help."
 _PORTAL_DECIDES = ("topic_prefix", "topic_prefixes", "mqtt_host", "mqtt_port")
 
 

@@ -40,7 +40,7 @@ from operations.backup.restore_journal import SQLITE_FILES, RestoreJournal, jour
 from operations.backup.revocations import GuardRefusals, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.keys.contract import check_that_it_signs
-from store import audit, grants, schema
+from store import agents, audit, brokers, grants, schema
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
@@ -349,6 +349,8 @@ def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
     before = max((row["generation"] for row in replaced("broker_state")), default=0) if replaced else 0
     generation = max(recorded + 1, before + 1, db.next_generation(tx, at=plan.now))
     tx.execute(sa.update(BrokerState).values(generation=generation))
+    agents.begin_again(tx)
+    brokers.forget_proofs_of_agents(tx, at=plan.now)
     return generation
 
 

@@ -38,7 +38,7 @@ from operations.backup.older_terms import older_terms
 from operations.backup.restore_journal import RestoreJournal, journaled
 from operations.backup.revocations import GuardRefusals, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
-from store import audit, schema, tenant_copy, tenants
+from store import agents, audit, brokers, schema, tenant_copy, tenants
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
@@ -256,6 +256,8 @@ def _advance(tx: Connection, plan: _Plan) -> int:
     recorded = GuardFiles(plan.settings, lambda: plan.now).installed_generation() or 0
     generation = max(recorded + 1, plan.backup.manifest.generation + 1, db.next_generation(tx, at=plan.now))
     tx.execute(sa.update(BrokerState).values(generation=generation))
+    agents.begin_again(tx)
+    brokers.forget_proofs_of_agents(tx, at=plan.now)
     return generation
 
 

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 import ca
-from broker.guard.feed import NOTHING, FeedDraft, Lines, Mark, Page, TrustNames
+from broker.guard.feed import MAX_IN_MEMORY, NOTHING, FeedDraft, Lines, Mark, Page, TrustNames
 from config import Settings
+from core.errors import StateConflict
 from store import agents, generations
 from store.agents import AgentRecord, Given
 from store.database import Database
@@ -30,7 +32,7 @@ from workflows.authority.issuers import Authority, Issuers
 
 log = logging.getLogger("portal.agents")
 
-PAGE_DEVICES, MAX_PAGE_BYTES = 20_000, 8 << 20
+PAGE_DEVICES, MAX_PAGE_BYTES = 20_000, MAX_IN_MEMORY
 KEPT_BYTES = 1 << 20  # of a page that several agents ask for at the same time
 LOOK_SECONDS, TRUST_SECONDS = 0.025, 1.0  # how often it is looked for changes, and for new CRLs, while anybody waits
 
@@ -116,14 +118,25 @@ class AgentFeed:
             fits = kept is not None and (kept.since, kept.cut_since) == (start.generation, cut_since)
             if kept is not None and fits and kept.page.newest == self._newest():
                 return kept.page
-            size = PAGE_DEVICES
-            while True:
-                page = self._make(start.generation, cut_since, size)
-                if len(page.content) <= MAX_PAGE_BYTES or size == 1:
-                    break
-                size = max(1, size // 8)
-            self._kept = _Kept(start.generation, cut_since, page) if len(page.content) <= KEPT_BYTES else None
+            page = self._make(start.generation, cut_since, PAGE_DEVICES)
+            if page.size > MAX_PAGE_BYTES:
+                page = self._shorter(page, cut_since)
+            self._kept = None
+            if page.size <= KEPT_BYTES:
+                self._kept = _Kept(start.generation, cut_since, page)
             return page
+
+    def _shorter(self, page: Page, cut_since: int) -> Page:
+        """Return a page with fewer generations, if there are several: one is not divided."""
+        size = PAGE_DEVICES
+        while page.size > MAX_PAGE_BYTES and size > 1:
+            size = max(1, size // 8)
+            with self._database.snapshot(sees=ALL_TENANTS) as tx:
+                end = generations.end_of_page(tx, page.since, size)
+            if end is not None and end < page.generation:
+                page.close()
+                page = self._make(page.since, cut_since, size)
+        return page
 
     def _newest(self) -> int:
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
@@ -132,7 +145,8 @@ class AgentFeed:
     def _make(self, since: int, cut_since: int, size: int) -> Page:
         lines = Lines()
         draft = FeedDraft(self._settings.application_prefixes, since, lines)
-        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+        with ExitStack() as stack, self._database.snapshot(sees=ALL_TENANTS) as tx:
+            stack.callback(lines.discard)
             newest = generations.get_broker_state(tx).generation
             end = generations.end_of_page(tx, since, size)
             until = newest if end is None else min(end, newest)
@@ -141,10 +155,10 @@ class AgentFeed:
             complete_draft(draft, tx, issuers, self._clock(), known, None if until == newest else until)
             if until == newest and cut_since > 0:
                 self._end_sessions(tx, draft, known, cut_since)
+            stack.pop_all()
         if draft.closed:
             log.error("devices are denied everything because their topics do not fit the settings")
-        content = lines.content()
-        return Page(since, until, newest, content, hashlib.sha256(content).hexdigest())
+        return lines.page(since, until, newest)
 
     def _end_sessions(self, tx: Connection, draft: FeedDraft, known: BrokerTenants, since: int) -> None:
         """Name whose sessions must end. At a broker that has never been seen to obey, a guard admits nobody before."""
@@ -157,11 +171,15 @@ class AgentFeed:
         draft.end_sessions(disconnected, revoked, sorted(narrowed))
 
     def given(self, record: AgentRecord, start: Given, page: Page) -> None:
-        """Record that an agent is given a page, before its last line is sent."""
+        """Record that an agent is given a page, before its last line is sent.
+
+        Raise ``StateConflict`` if it has to begin again meanwhile.
+        """
         # If a power cut takes this record back, the agent begins again.
         with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
             given = Given(page.generation, page.digest, page.is_last)
-            agents.give(tx, record.broker_id, held=start, given=given)
+            if not agents.give(tx, record.broker_id, held=start, given=given):
+                raise StateConflict("All changes are given anew; ask for them again.")
 
     # --- CAs and CRLs
 

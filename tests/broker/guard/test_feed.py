@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 
+from broker.guard import feed
 from broker.guard.feed import (
     MAX_LINE,
     FeedDraft,
@@ -39,8 +40,7 @@ def page_of(*, since: int = 3, generation: int = 7, newest: int = 7) -> Page:
     draft.forget(ONE)
     draft.revoke_certificate(b"issuer", "2a", None, is_probe=False)
     draft.end_sessions([ONE, TWO], {TWO: "devices"}, ["narrowed"])
-    content = lines.content()
-    return Page(since, generation, newest, content, hashlib.sha256(content).hexdigest())
+    return lines.page(since, generation, newest)
 
 
 def read(content: bytes) -> tuple[ReadPage | None, list[str]]:
@@ -66,6 +66,20 @@ def test_a_page_is_read_as_it_was_written() -> None:
         f"clear {TWO} devices",
         "narrow narrowed",
     ]
+
+
+def test_a_long_page_is_kept_in_a_file_and_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_IN_MEMORY", 100)
+    written = page_of()
+    assert written.content == b""
+    assert written.file is not None
+    for _ in range(2):
+        content = b"".join(written.blocks())
+        assert len(content) == written.size
+        page, texts = read(content + written.end(NAMES))
+        assert page is not None
+        assert len(texts) == 10
+    written.close()
 
 
 def test_a_page_that_is_not_the_last_says_so() -> None:

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flask import Flask
 
 from app import portal_of
+from broker.guard.draft import GuardDraft
 from broker.guard.feed import Mark, Page
 from broker.guard.journal import read_access, read_position
 from broker_provisioning import BrokerProvisioning
@@ -36,6 +37,7 @@ from tests.support.ports import free_port
 from tests.workflows.test_admission import OPERATOR, request_of
 from web.agent_listener import AgentListener
 from workflows.agents import feed as feeds
+from workflows.tenant_life import NewTenant
 
 
 @pytest.fixture
@@ -240,6 +242,26 @@ def test_damaged_files_are_written_again(portal: Portal, place: Place, guard: Gu
     assert agent.follow(0)
     assert read_access(place.journal)[device] == f"allow {device}"
     assert applied(portal) == newest(portal)
+
+
+def test_a_tenant_in_the_place_of_a_removed_one_makes_it_begin_again(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = place.agent()
+    agent.follow(0)
+    epoch = read_position(place.journal).epoch
+
+    def refuses(_draft: GuardDraft, _tenant: object) -> None:
+        raise ProjectionInvalid("The journal has another tenant there.")
+
+    portal.tenants.add(OPERATOR, NewTenant("acme"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GuardDraft, "tell_tenant", refuses)
+        with pytest.raises(ProjectionInvalid):
+            agent.follow(0)
+    assert agent.follow(0)
+    assert read_position(place.journal).epoch > epoch
+    assert "tenant acme acme" in journal_lines(place.journal)
 
 
 def test_a_removed_agent_keeps_denying(portal: Portal, place: Place, guard: GuardStub) -> None:

@@ -18,7 +18,7 @@ from config import Settings
 from core.errors import ClientCertificateRefused, CsrInvalid, InputInvalid, NotFound, StateConflict
 from operations.wiring import Portal
 from pki.csr import new_request
-from store import brokers
+from store import agents, brokers, generations
 from store.agents import AgentRecord, Given
 from store.scope import ALL_TENANTS
 from tests.support.guarded import guarded_app
@@ -277,6 +277,23 @@ def test_an_agent_that_shows_what_it_was_not_given_begins_again(portal: Portal) 
     page = given_page(portal, certificate)
     for mark in (Mark(page.generation, "1" * 64), Mark(page.generation + 5, page.digest)):
         assert given_page(portal, certificate, mark).since == 0
+
+
+def test_after_a_restore_nothing_is_known_of_what_agents_enforce_and_they_begin_again(portal: Portal) -> None:
+    certificate = joined(portal)
+    page = given_page(portal, certificate)
+    report(portal, certificate, page.mark)
+    record = portal.agents.shown(certificate)
+    start = portal.agent_feed.start_of(record, page.mark)
+    with portal.database.transaction(sees=ALL_TENANTS) as tx:
+        agents.begin_again(tx)
+        brokers.forget_proofs_of_agents(tx, at=portal.clock())
+    assert state_of(portal).applied_generation == 0
+    with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        assert generations.get_broker_state(tx).applied_generation == 0
+    with pytest.raises(StateConflict):  # one that was on its way meanwhile
+        portal.agent_feed.given(record, start, portal.agent_feed.page(record, start))
+    assert given_page(portal, certificate, page.mark).since == 0
 
 
 def test_a_page_that_never_arrived_is_given_again(portal: Portal) -> None:
