@@ -1,6 +1,6 @@
 """Counts what each tenant has taken of a minute, in all processes together, so that none takes what others need.
 
-The counts are in a file of fixed size: in the database each would be a commit of its own.
+The counts are in pages of fixed size: as rows each would be a durable commit of its own.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ import hashlib
 import math
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 from core.errors import Unavailable
-from core.files import FileLock
+from core.pages import Layout, Pages
 
 MINUTE = 60.0
 _SETS, _WAYS = 512, 8
 _SLOT = struct.Struct("<16sdQ")  # what is counted, start of its minute, number
-_SET_BYTES = _WAYS * _SLOT.size
 _FORM = b"rates001"
-_TABLE_BYTES = len(_FORM) + _SETS * _SET_BYTES
+LAYOUT = Layout(_FORM, len(_FORM), _WAYS * _SLOT.size, _SETS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,35 +35,31 @@ class Rates:
     forgotten, which lets them take more.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Use a file that all processes of a data folder share."""
-        self._path = path
-        self._lock = FileLock(path)
+    def __init__(self, pages: Pages) -> None:
+        """Use pages of the form ``LAYOUT`` that all processes of all nodes share."""
+        self._pages = pages
 
     def take(self, name: str, wanted: int, limit: int | None, now: float) -> Taken:
         """Take up to ``wanted`` of the ``limit`` a minute that ``name`` has; ``None`` is no limit, and counts nothing.
 
-        ``now`` is in seconds since the epoch. Raises ``Unavailable`` if the file cannot be written.
+        ``now`` is in seconds since the epoch. Raises ``Unavailable`` if the pages cannot be written.
         """
         if limit is None:
             return Taken(wanted, 0)
         key = hashlib.blake2b(name.encode(), digest_size=16).digest()
-        offset = len(_FORM) + int.from_bytes(key[:8]) % _SETS * _SET_BYTES
+        page = 1 + int.from_bytes(key[:8]) % _SETS
         try:
-            with self._lock.hold(), self._path.open("r+b", buffering=0) as file:
-                if self._path.stat().st_size != _TABLE_BYTES or file.read(len(_FORM)) != _FORM:
-                    file.seek(0)
-                    file.truncate()
-                    file.write(_FORM + bytes(_TABLE_BYTES - len(_FORM)))  # in full, so that later writes need no space
-                file.seek(offset)
-                slots = list(_SLOT.iter_unpack(file.read(_SET_BYTES)))
+            with self._pages.open(page, now) as table:
+                now, content = table.now, table.read(page)
+                slots = list(_SLOT.iter_unpack(content))
                 way = _way_of(slots, key)
                 _, since, count = slots[way]
                 if slots[way][0] != key or not since <= now < since + MINUTE:
                     since, count = now, 0
                 number = max(0, min(wanted, limit - count))
-                file.seek(offset + way * _SLOT.size)
-                file.write(_SLOT.pack(key, since, count + number))
+                start = way * _SLOT.size
+                packed = _SLOT.pack(key, since, count + number)
+                table.write(page, content[:start] + packed + content[start + _SLOT.size :])
         except OSError as error:
             raise Unavailable("What tenants take cannot be counted; check the disk of the data folder.") from error
         return Taken(number, 0 if number == wanted else max(1, math.ceil(since + MINUTE - now)))

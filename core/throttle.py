@@ -1,6 +1,6 @@
 """Counts failed logins by address, so that a client with too many of them has to wait.
 
-The counts are in a file of fixed size and not in the database, where each failed login would be a durable commit:
+The counts are in pages of fixed size and not in rows of their own, where each failed login would be a durable commit:
 ``docs/dependencies.md`` has the measurement.
 """
 
@@ -14,25 +14,22 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
-from pathlib import Path
 
 from core.errors import Unavailable
-from core.files import FileLock
+from core.pages import Layout, OpenPages, Pages
 
 WINDOW_SECONDS = 60.0
 RECORDED_OF_AN_ADDRESS = 5  # refusals a minute that are recorded one by one
 RECORDED_IN_ALL = 60
 MAX_NETWORKS_SHOWN = 10
 
-# The file: a header, then sets of slots. A keyed hash maps a network to one set, in which a new network replaces the
-# one whose minute began first. The key is a random salt in the header: an attacker who knew it could choose addresses
-# that replace the entry of the address from which passwords are guessed.
+# Page 0 is a header, each of the others a set of slots. A keyed hash maps a network to one set, in which a new network
+# replaces the one whose minute began first. The key is a random salt in the header: an attacker who knew it could
+# choose addresses that replace the entry of the address from which passwords are guessed.
 SETS, WAYS = 512, 8
 _HEAD = struct.Struct("<8s16sdII")  # format, salt, start of the minute, refusals recorded in it, not recorded
 _SLOT = struct.Struct("<16sdIII")  # network, start of the minute, failures and recorded in it, not recorded
-_FORM = b"attempt1"
-_TABLE_BYTES = _HEAD.size + SETS * WAYS * _SLOT.size
+LAYOUT = Layout(b"attempt1", _HEAD.size, WAYS * _SLOT.size, SETS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +62,31 @@ class _Slot:
 
 
 class Throttle:
-    """Counts in a file that all processes of a data folder share; its size is fixed, so that no flood fills the disk.
+    """Counts in pages of the form ``LAYOUT`` that all processes of all nodes share.
 
     Only failures read or write it, so a valid token never waits. An IPv4 address counts by itself, an IPv6 address by
     its /64, which is what one client has. Times are seconds since the epoch; if the clock is set back, counts restart.
     """
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, pages: Pages, limit: int) -> None:
         """Allow each address ``limit`` failures a minute."""
-        self._path = path
+        self._pages = pages
         self._limit = limit
-        self._lock = FileLock(path)
 
     def failed(self, address: str, now: float, *, counts: bool = True) -> FailedLogin:
         """Record a refusal; without ``counts`` it does not bring the address nearer to its limit.
 
-        Raises ``Unavailable`` if the file cannot be written.
+        Raises ``Unavailable`` if the pages cannot be written.
         """
         network = network_of(address)
-        with self._table() as file:
-            form, salt, since, recorded_in_all, unrecorded = _HEAD.unpack(file.read(_HEAD.size))
+        with self._table(now) as table:
+            now = table.now
+            form, salt, since, recorded_in_all, unrecorded = _head_of(table)
             if _has_expired(since, now):
                 since, recorded_in_all = now, 0
-            offset = _HEAD.size + _set_of(network, salt) * WAYS * _SLOT.size
-            file.seek(offset)
-            slots = [_Slot(*values) for values in _SLOT.iter_unpack(file.read(WAYS * _SLOT.size))]
+            page = 1 + _set_of(network, salt)
+            content = table.read(page)
+            slots = [_Slot(*values) for values in _SLOT.iter_unpack(content)]
             way = _way_of(slots, network)
             slot = slots[way] if slots[way].network == network else _Slot.of(network, now)
             if _has_expired(slot.since, now):
@@ -100,46 +97,51 @@ class Throttle:
             recorded_in_all += recorded
             slot.unrecorded = min(slot.unrecorded + (not recorded), 1 << 31)
             unrecorded = min(unrecorded + (not recorded), 1 << 31)
-            file.seek(offset + way * _SLOT.size)
-            file.write(_SLOT.pack(slot.network, slot.since, slot.failures, slot.recorded, slot.unrecorded))
-            file.seek(0)
-            file.write(_HEAD.pack(form, salt, since, recorded_in_all, unrecorded))
+            table.write(page, _with_slot(content, way, slot))
+            table.write(0, _HEAD.pack(form, salt, since, recorded_in_all, unrecorded))
         too_many = counts and slot.failures > self._limit
         return FailedLogin(max(1, math.ceil(slot.since + WINDOW_SECONDS - now)) if too_many else 0, recorded)
 
     def take_unrecorded(self) -> Unrecorded:
         """Return the refusals since the last call that have no audit entry."""
-        with self._table() as file:
-            form, salt, since, recorded, count = _HEAD.unpack(file.read(_HEAD.size))
+        with self._table(0.0) as table:
+            form, salt, since, recorded, count = _head_of(table)
             if not count:
                 return Unrecorded(0, ())
             networks: list[tuple[str, int]] = []
-            slots = file.read(SETS * WAYS * _SLOT.size)
-            for number, values in enumerate(_SLOT.iter_unpack(slots)):
-                slot = _Slot(*values)
-                if slot.unrecorded:
-                    networks.append((shown(slot.network), slot.unrecorded))
-                    file.seek(_HEAD.size + number * _SLOT.size)
-                    file.write(_SLOT.pack(slot.network, slot.since, slot.failures, slot.recorded, 0))
-            file.seek(0)
-            file.write(_HEAD.pack(form, salt, since, recorded, 0))
+            for page in range(1, SETS + 1):
+                content = before = table.read(page)
+                for way, values in enumerate(_SLOT.iter_unpack(before)):
+                    slot = _Slot(*values)
+                    if slot.unrecorded:
+                        networks.append((shown(slot.network), slot.unrecorded))
+                        slot.unrecorded = 0
+                        content = _with_slot(content, way, slot)
+                if content != before:
+                    table.write(page, content)
+            table.write(0, _HEAD.pack(form, salt, since, recorded, 0))
         most = sorted(networks, key=lambda item: -item[1])[:MAX_NETWORKS_SHOWN]
         return Unrecorded(count, tuple(most))
 
     @contextmanager
-    def _table(self) -> Iterator[FileIO]:
+    def _table(self, now: float) -> Iterator[OpenPages]:
         try:
-            with self._lock.hold(), self._path.open("r+b", buffering=0) as file:
-                if self._path.stat().st_size != _TABLE_BYTES or file.read(len(_FORM)) != _FORM:
-                    # Written in full, so that later writes succeed on a full disk.
-                    file.seek(0)
-                    file.truncate()
-                    head = _HEAD.pack(_FORM, secrets.token_bytes(16), 0.0, 0, 0)
-                    file.write(head + bytes(_TABLE_BYTES - len(head)))
-                file.seek(0)
-                yield file
+            with self._pages.open(0, now) as table:
+                yield table
         except OSError as error:
             raise Unavailable("Failed logins cannot be counted; check the disk of the data folder.") from error
+
+
+def _head_of(table: OpenPages) -> tuple[bytes, bytes, float, int, int]:
+    """Return form, salt, start of the minute, and the refusals recorded in it and not recorded; the salt once made."""
+    form, salt, since, recorded, unrecorded = _HEAD.unpack(table.read(0))
+    return form, salt if any(salt) else secrets.token_bytes(16), since, recorded, unrecorded
+
+
+def _with_slot(page: bytes, way: int, slot: _Slot) -> bytes:
+    packed = _SLOT.pack(slot.network, slot.since, slot.failures, slot.recorded, slot.unrecorded)
+    start = way * _SLOT.size
+    return page[:start] + packed + page[start + _SLOT.size :]
 
 
 def network_of(address: str) -> bytes:

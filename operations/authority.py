@@ -33,7 +33,7 @@ from operations.own_certificates import probe_certificates
 from operations.wiring import Portal, write_trust_anchors
 from pki.algorithms import KeyType, check_public_key
 from pki.keys.contract import KeyDescription
-from store import audit, generations
+from store import audit, generations, nodes
 from store import issuers as store_issuers
 from store.audit import Actor
 from workflows.authority import outer, rollover
@@ -154,7 +154,7 @@ def roll_over(
 @contextlib.contextmanager
 def _alone(portal: Portal) -> Iterator[None]:
     """Keep other rollovers, requests and installations away for the body of the ``with``."""
-    with FileLock(portal.settings.data_dir / ".rollover.lock").try_hold() as free:
+    with portal.database.locks.of(".rollover.lock").try_hold() as free:
         if not free:
             raise LockUnavailable("Another rollover is running; wait for its end.")
         yield
@@ -234,7 +234,8 @@ def install_ca(portal: Portal, actor: Actor, content: bytes, say: Callable[[str]
         _make_trusted(portal, name, generation, say)
         if not later:
             _let_issue(portal, actor, name, say)
-            if not is_owned(portal.settings.data_dir / data_folder.SERVING_LOCK):
+            serves = is_owned(portal.settings.data_dir / data_folder.SERVING_LOCK) or nodes.others_work(portal.database)
+            if not serves:
                 _retire_at_once(portal, actor, say)
     return name
 
@@ -309,14 +310,15 @@ def retire(portal: Portal, actor: Actor, name: str, *, alone: bool = False) -> N
         portal.authority.seen_by(tx)  # at once, or the certificates would be of the CA that is to retire
     renew_certificates(portal)
     if other_root:
-        _check_broker_certificate(portal, name)
+        check_broker_certificate(portal, name)
+        _check_other_nodes(portal, name)
         _wait_for_workers(portal)
     rollover.retire(portal.database, portal.authority, actor, name, alone=alone, now=portal.clock())
     write_ca_file(portal)
     _apply(portal)
 
 
-def _check_broker_certificate(portal: Portal, name: str) -> None:
+def check_broker_certificate(portal: Portal, name: str) -> None:
     """Raise ``StateConflict`` while the running broker shows an older certificate than the one in its folder."""
     if portal.broker.is_stopped():
         return  # it reads the newest one at its start
@@ -327,6 +329,20 @@ def _check_broker_certificate(portal: Portal, name: str) -> None:
         raise StateConflict(
             f"The broker still shows a certificate below the root of {name}; restart it for its new one (with"
             f" PORTAL_BROKER_RESTART the portal does, at a quiet moment). Then {name} can retire."
+        )
+
+
+def _check_other_nodes(portal: Portal, name: str) -> None:
+    """Raise ``StateConflict`` while another node may show a certificate below the root that is about to go."""
+    if portal.node is None:
+        return
+    with portal.database.snapshot() as tx:
+        newest = portal.authority.seen_by(tx).servers.issuer.name
+        late = [one.name for one in nodes.list_nodes(tx) if one.id != portal.node.id and one.own_issuer != newest]
+    if late:
+        raise StateConflict(
+            f"The nodes {', '.join(late)} may still show certificates below the root of {name}; while they work they"
+            f" get new ones within minutes. Then {name} can retire."
         )
 
 

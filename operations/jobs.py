@@ -18,19 +18,21 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.control import RestartReason
 from broker.folder import SERVER_CERTIFICATE_FILE
-from core.errors import BrokerUnavailable, PortalError
-from core.files import FileLock
+from core.errors import BrokerUnavailable, PortalError, StateConflict
+from onboarding_portal import VERSION
 from operations.authority import (
     advance,
+    check_broker_certificate,
     renew_certificates,
     renew_crls,
     retire_unneeded,
     take_outside_certificates,
     write_ca_file,
 )
+from operations.leadership import leadership_of
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
-from store import audit, certificates, deliveries, devices, generations, tenants, webhooks
+from store import audit, certificates, deliveries, devices, generations, nodes, tenants, webhooks
 from workflows import events
 from workflows.events import EventType
 
@@ -43,11 +45,12 @@ EVENTS_BATCH = 500
 RESTART_AGAIN_AFTER = timedelta(hours=1)
 QUIET = timedelta(minutes=1)  # without a change for the broker
 
-LEADER_LOCK, FOLLOWER_LOCK, MAIL_LOCK, PROVIDER_LOCK = ".jobs.lock", ".presence.lock", ".mail.lock", ".provider.lock"
+LEADER_LOCK, FOLLOWER_LOCK, PROVIDER_LOCK = ".jobs.lock", ".presence.lock", ".provider.lock"
+# Of what one process of one node does for all nodes.
+MAIL_LOCK, INSTALLATION_LOCK = ".mail.lock", ".installation.lock"
 LOGINS_KEPT = timedelta(days=30)
 CLOCK_SEEN = ".jobs.clock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-SILENT_SECONDS = 60.0  # a job may take long, so silence counts only after this time
 CLOCK_MOVED_SECONDS = 60.0
 CLOCK_TRUSTED_SECONDS = 3600.0
 
@@ -214,6 +217,21 @@ def sign_audit_record(portal: Portal) -> None:
     portal.memory.audit_problems = problems
 
 
+def show_node(portal: Portal) -> None:
+    """Record that this node works, and take over the files that others have given or destroyed."""
+    if portal.node is None:
+        return
+    portal.shared_files.fetch_all()
+    own = portal.authority.servers.issuer.name
+    if portal.memory.own_issuer != own:  # which a CA may wait for that is to retire
+        with contextlib.suppress(StateConflict, BrokerUnavailable):
+            renew_certificates(portal)
+            check_broker_certificate(portal, own)
+            portal.memory.own_issuer = own
+    with portal.database.transaction(durable=False) as tx:
+        nodes.sign_of_life(tx, portal.node.id, version=VERSION, own_issuer=portal.memory.own_issuer)
+
+
 # --- Events ----------------------------------------------------------------------------------------------------------
 
 
@@ -276,12 +294,16 @@ def ask_provider(portal: Portal) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A function of the portal to call every ``seconds``; ``final`` if its effect cannot be undone."""
+    """A function of the portal to call every ``seconds``; ``final`` if its effect cannot be undone.
+
+    Each node does it with its own broker and files, but for those ``of_all``, which one node does for all.
+    """
 
     name: str
     seconds: float
     run: Callable[[Portal], object]
     final: bool = False
+    of_all: bool = False
 
 
 # In this order if several are due. After the clock was moved the probe certificates come before the CRLs: a current CRL
@@ -292,21 +314,24 @@ JOBS = (
     Job("repair", 2.0, repair_broker),
     Job("lists of CAs", 10.0, write_lists_of_cas),
     Job("late sessions", 5.0, disconnect_again),
-    Job("expiry", 30.0, expire, final=True),
+    Job("expiry", 30.0, expire, final=True, of_all=True),
+    Job("node", nodes.SIGN_SECONDS, show_node),
     Job("write-ahead log", 30.0, lambda portal: portal.database.empty_log()),
     Job("probe", 60.0, probe_broker),
     Job("failed probe", 2.0, probe_again),
     Job("CRLs put off", 2.0, lambda portal: portal.reconciler.crls.wake_if_due()),
     Job("refusals", 60.0, lambda portal: portal.operators.record_the_rest(portal.first_tenant)),
     Job("responder renewal", 60.0, lambda portal: portal.responder.certificates.renew()),
-    Job("reappraisal", 2.0, lambda portal: portal.reappraisals.run()),
-    Job("crl renewal", 300.0, renew_crls),
-    Job("retirement of CAs", 3600.0, retire_unneeded, final=True),
+    Job("reappraisal", 2.0, lambda portal: portal.reappraisals.run(), of_all=True),
+    Job("crl renewal", 300.0, renew_crls, of_all=True),
+    Job("retirement of CAs", 3600.0, retire_unneeded, final=True, of_all=True),
     Job("audit checkpoints", 60.0, sign_audit_record),
-    Job("certificates that end", 600.0, announce_expiring),
-    Job("logins that ended", 3600.0, prune_logins, final=True),
-    Job("removed tenants", 10.0, lambda portal: portal.tenant_removals.run(), final=True),
+    Job("certificates that end", 600.0, announce_expiring, of_all=True),
+    Job("logins that ended", 3600.0, prune_logins, final=True, of_all=True),
+    Job("removed tenants", 10.0, lambda portal: portal.tenant_removals.run(), final=True, of_all=True),
 )
+# Of the node, and of the installation, where several nodes share it; on SQLite one thread does both.
+OF_NODE, OF_ALL = tuple(job for job in JOBS if not job.of_all), tuple(job for job in JOBS if job.of_all)
 # Each in a thread and under a lock of its own, so that it waits for no other job, and none for it.
 FOLLOW_PRESENCE = (Job("presence", 2.0, lambda portal: portal.follower.follow()),)
 SEND_MAIL = (Job("mail", 20.0, lambda portal: portal.mail.send_due()),)
@@ -322,10 +347,12 @@ def start(portal: Portal) -> threading.Event:
     bodies: dict[str, Callable[[threading.Event], None]] = {
         "grants": portal.reconciler.run_requested,
         "crls": portal.reconciler.crls.run_requested,
-        "jobs": functools.partial(run, portal),
+        "jobs": functools.partial(run, portal, jobs=JOBS if portal.database.is_sqlite else OF_NODE),
         "presence": functools.partial(run, portal, jobs=FOLLOW_PRESENCE, lock=FOLLOWER_LOCK),
         "events": portal.dispatcher.run,
     }
+    if not portal.database.is_sqlite:
+        bodies["installation's jobs"] = functools.partial(run, portal, jobs=OF_ALL, lock=INSTALLATION_LOCK)
     if portal.settings.mail_server is not None:
         bodies["mail"] = functools.partial(run, portal, jobs=SEND_MAIL, lock=MAIL_LOCK)
     if portal.sign_on is not None:
@@ -336,37 +363,30 @@ def start(portal: Portal) -> threading.Event:
 
 
 def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS, lock: str = LEADER_LOCK) -> None:
-    """Run the jobs until ``stopping`` is set, in one process among all on the data folder; the body of a thread.
+    """Run the jobs until ``stopping`` is set, in one process among all of the node; the body of a thread.
+
+    Those of the installation, by their lock, are run in one process among all of all nodes.
 
     When the process that runs them, and holds the ``lock``, dies, another takes over within a few seconds; while it is
     stopped or hangs, another runs them beside it.
     """
-    path = portal.settings.data_dir / lock
-    leader, stand_in = FileLock(path), FileLock(path.with_suffix(".stand-in.lock"))
+    leadership = leadership_of(
+        portal.database, portal.settings.data_dir, lock, of_all=lock in (MAIL_LOCK, INSTALLATION_LOCK)
+    )
     while not stopping.is_set():
         try:
-            with leader.try_hold() as leading:
+            with leadership.try_lead() as leading:
                 if leading:
-                    lead(portal, stopping, jobs, functools.partial(_sign_of_life, path))
+                    lead(portal, stopping, jobs, leadership.goes_on)
             # Twice, because a clock that was moved makes the last sign of life look old.
-            if not leading and _is_silent(path) and not stopping.wait(2.5) and _is_silent(path):
-                with stand_in.try_hold() as standing_in:
+            if not leading and leadership.is_silent() and not stopping.wait(2.5) and leadership.is_silent():
+                with leadership.try_stand_in() as standing_in:
                     if standing_in:
                         log.error("the process that runs the jobs does not respond; this process runs them")
-                        lead(portal, stopping, jobs, lambda: _is_silent(path))
+                        lead(portal, stopping, jobs, leadership.is_silent)
         except (PortalError, OSError) as error:
             log.error("no job can run", extra={"problem": str(error)})
         stopping.wait(2.0)
-
-
-def _sign_of_life(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        os.utime(path, (time.time(), time.time()))
-    return True
-
-
-def _is_silent(path: Path) -> bool:
-    return abs(time.time() - path.stat().st_mtime) > SILENT_SECONDS
 
 
 def lead(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...], goes_on: Callable[[], bool]) -> None:

@@ -15,22 +15,25 @@ import db
 from broker.folder import SERVER_CERTIFICATE_FILE
 from broker_provisioning import BrokerProvisioning
 from config import Settings
+from core import rates, throttle
 from core.errors import NotFound, TokenUnavailable
 from core.fair_share import FairShare
 from core.files import FileLock, access_problem, remove_leftovers, replace_file, secret_file
+from core.pages import Layout, PageFile, Pages
 from core.rates import Rates
 from core.roles import Role
 from core.served_tenants import ServedTenants
-from core.states import BrokerKind
 from core.tenants import TenantStatus
 from core.throttle import Throttle
-from operations import data_folder
+from operations import data_folder, nodes
 from operations.monitoring import Monitoring, Readiness
 from operations.own_certificates import OwnCertificates, probe_certificates
 from operations.tenant_readiness import TenantReadiness
 from pki.keys.stores import KeyStores
-from store import audit, brokers, tenants
+from store import audit, tenants
 from store.database import Database
+from store.nodes import NodeRecord
+from store.pages import PageTable
 from store.tables import DEFAULT_TENANT
 from store.tenants import TokenRecord
 from workflows import events
@@ -74,6 +77,7 @@ from workflows.registration import Registrations
 from workflows.renewal import Renewals
 from workflows.revocation import DeviceRevocations
 from workflows.sessions import Sessions
+from workflows.shared_files import SharedFiles
 from workflows.tenant_life import Tenants
 from workflows.tenant_removal import TenantRemovals
 from workflows.tenants import TenantDirectory, TenantRates, check_tenants
@@ -96,6 +100,7 @@ class JobMemory:
     disconnected: set[int] = field(default_factory=set)  # superseded certificates, their devices disconnected twice
     root_crl_logged_at: datetime | None = None
     audit_problems: Mapping[str, str] = field(default_factory=dict)  # of each tenant, logged already
+    own_issuer: str = ""  # of the certificates that portal and broker show
     broker_restart_at: datetime | None = None  # for its certificate, or when that was told
 
 
@@ -111,6 +116,8 @@ class Portal:
     clock: Callable[[], datetime]
     first_tenant: str
     database: Database
+    node: NodeRecord | None  # None on SQLite
+    shared_files: SharedFiles
     tenant_terms: TenantDirectory
     fair_share: FairShare
     tenants: Tenants
@@ -183,6 +190,8 @@ class _Foundation:
     clock: Callable[[], datetime]
     first_tenant: str
     database: Database
+    node: NodeRecord | None
+    shared_files: SharedFiles
     tenant_terms: TenantDirectory
     keys: KeyStores
     authority: Authority
@@ -223,20 +232,24 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     folder, first_tenant, subscribed = settings.secrets_dir, DEFAULT_TENANT, settings.data_dir / SUBSCRIBED
     database = Database(settings.database_url, folder=settings.data_dir, threads=settings.threads)
     database.migrate(settings.database_owner_url)
-    events.watch(database.engine, subscribed)
+    node = nodes.enter(settings, database)  # before anything is made in a folder that is none
+    shared_files = SharedFiles(settings, database)
+    shared_files.fetch_all()
+    link_keys = secret_file(folder / "link-keys", lambda: secrets.token_urlsafe(32)).split()
+    seal = SecretSeal(bytes.fromhex(secret_file(folder / "webhook-key", lambda: secrets.token_hex(32))))
+    pepper = bytes.fromhex(secret_file(folder / "idempotency-pepper", lambda: secrets.token_hex(32)))
+    node = node or nodes.enter(settings, database)  # the first one, which has secrets now
+    if database.is_sqlite:  # else another node may record an event after a subscription at this one
+        events.watch(database.engine, subscribed)
     with database.transaction() as tx:
         tenants.add_tenant(tx, first_tenant, created_at=clock())
-        own_broker = brokers.of_node(tx) or brokers.add_broker(
-            tx, brokers.FIRST_NAME, BrokerKind.NODE, at=clock(), joined=True
-        )
+        own_broker = nodes.own_broker(tx, node, at=clock())
         check_tenants(settings, tenants.list_tenants(tx))
     audit_logs = open_audit_logs(database, settings, clock)
-    keys = open_keys(settings)
+    keys = open_keys(settings, shared=None if database.is_sqlite else shared_files)
     authority = open_authority(database, keys, settings, first_tenant, now=clock())
     write_trust_anchors(settings, authority.current.broker_ca)
-    seal = SecretSeal(bytes.fromhex(secret_file(folder / "webhook-key", lambda: secrets.token_hex(32))))
     sender = Sender(settings.webhook_allow, settings.webhook_ca_file, seal)
-    pepper = bytes.fromhex(secret_file(folder / "idempotency-pepper", lambda: secrets.token_hex(32)))
     answers = KeptAnswers(database, pepper, clock)
     webhooks = Webhooks(database, sender, seal, subscribed, settings.webhook_allow, answers, clock)
     webhooks.look_for_any()
@@ -246,12 +259,14 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         clock=clock,
         first_tenant=first_tenant,
         database=database,
+        node=node,
+        shared_files=shared_files,
         tenant_terms=TenantDirectory(settings, database),
         keys=keys,
         authority=authority,
         broker=broker,
         reconciler=Reconciler(settings, database, authority, broker, probes, clock, first_tenant, own_broker.id),
-        link_keys=secret_file(folder / "link-keys", lambda: secrets.token_urlsafe(32)).split(),
+        link_keys=link_keys,
         pepper=pepper,
         sender=sender,
         webhooks=webhooks,
@@ -277,7 +292,7 @@ class _Shared:
 
 def _share(base: _Foundation) -> _Shared:
     settings, database, clock = base.settings, base.database, base.clock
-    throttle = Throttle(settings.data_dir / "attempts", settings.login_failures)
+    attempts = Throttle(_pages(base, "attempts", throttle.LAYOUT), settings.login_failures)
     nonces = AttestationNonces(database, clock)
     bundles = Bundles(settings, base.authority, base.link_keys)
     return _Shared(
@@ -286,11 +301,18 @@ def _share(base: _Foundation) -> _Shared:
         answers=KeptAnswers(database, base.pepper, clock),
         clients=TlsClients(settings, database, base.authority, clock),
         follower=PresenceFollower(settings, database, base.broker, clock),
-        throttle=throttle,
-        rates=TenantRates(Rates(settings.data_dir / "rates"), clock),
+        throttle=attempts,
+        rates=TenantRates(Rates(_pages(base, "rates", rates.LAYOUT)), clock),
         nonces=nonces,
-        attestations=DeviceAttestations(database, nonces, throttle, clock),
+        attestations=DeviceAttestations(database, nonces, attempts, clock),
     )
+
+
+def _pages(base: _Foundation, name: str, layout: Layout) -> Pages:
+    """Return where counts are kept: in a file of the data folder, or where nodes share a database, in that."""
+    if base.database.is_sqlite:
+        return PageFile(base.settings.data_dir / name, layout)
+    return PageTable(base.database, layout)
 
 
 def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Portal:
@@ -303,6 +325,8 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         clock=clock,
         first_tenant=first_tenant,
         database=database,
+        node=base.node,
+        shared_files=base.shared_files,
         tenant_terms=tenant_terms,
         fair_share=FairShare(settings.threads, served),
         tenants=(administration := _tenants(base, answers)),
@@ -386,7 +410,7 @@ def _bulk(base: _Foundation, shared: _Shared) -> Bulk:
         shared.rates,
         base.clock,
     )
-    return Bulk(base.settings, base.tenant_terms, base.reconciler, processes, batches)
+    return Bulk(base.settings, base.tenant_terms, base.reconciler, processes, batches, base.database.locks)
 
 
 def _enrolments(base: _Foundation, shared: _Shared) -> Enrolments:

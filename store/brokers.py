@@ -111,6 +111,11 @@ def add_broker(
     return get_broker(tx, name)
 
 
+def move_to_node(tx: Connection, broker_id: int, node_id: int | None) -> None:
+    """Record beside which node a broker runs, ``None`` for that of an installation with one."""
+    tx.execute(sa.update(Broker).where(Broker.id == broker_id).values(node_id=node_id))
+
+
 def join(tx: Connection, broker_id: int, *, at: datetime) -> None:
     """Let a broker count from now on: until it has proven that it has everything, nothing is enforced."""
     _update(tx, broker_id, at, joined_at=at)

@@ -31,8 +31,12 @@ _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 
 
 def table_names(tenant_id: str | None = None) -> list[str]:
-    """Return the name of every table, or of those with rows of a tenant, each after those that it refers to."""
-    return [table.name for table in METADATA.sorted_tables if tenant_id is None or _owner(table) is not None]
+    """Return the name of every table, or of those with rows of a tenant, each after those that it refers to.
+
+    Without those of the nodes that run now.
+    """
+    kept = [table for table in METADATA.sorted_tables if "of_nodes" not in table.info]
+    return [table.name for table in kept if tenant_id is None or _owner(table) is not None]
 
 
 def _owner(table: sa.Table) -> sa.Column[Any] | None:

@@ -25,8 +25,9 @@ from sqlalchemy.orm import DeclarativeBase
 
 from core.errors import DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
 from core.fair_share import give_way
-from core.files import FileLock
+from core.files import FileLock, folder_number
 from store import schema, scope
+from store.locks import Locks
 
 Result = TypeVar("Result")
 # The server does not answer, is locked or full, or can only be read (InternalError).
@@ -39,6 +40,7 @@ PING_SECONDS = 2.0  # how long a test write waits for other writers
 SECONDS_BETWEEN_TEST_WRITES = 10.0  # by those who only ask whether the database is well, which anybody may
 # Connections of a process beside those of its request threads: for reconciliation, jobs and probes.
 SPARE_CONNECTIONS = 8
+LOCKS_AT_ONCE = 16  # that a process holds between nodes, beside as many as there are spare connections
 _SYNCHRONOUS = "portal_synchronous"  # in the info of a connection to SQLite: what the PRAGMA was set to last
 _REWRITE = sa.text("UPDATE broker_state SET generation = generation")  # changes nothing, and is written to disk
 
@@ -117,17 +119,21 @@ def columns_of(record: type, table: type[Base], **derived: sa.ColumnElement[Any]
 class Database:
     """One engine with its rules: WAL and synchronous=FULL on SQLite, one writer at a time, foreign keys on."""
 
-    def __init__(self, url: str, *, folder: Path, threads: int) -> None:
+    def __init__(self, url: str, *, folder: Path, threads: int, claims: bool = True) -> None:
         """Take a SQLAlchemy URL of SQLite or PostgreSQL, and the data folder that its portal works on.
 
-        SQLite's writers queue at a lock file in the folder. PostgreSQL serves one data folder at a time: a connection
-        raises ``DatabaseInUse`` while there are some for another.
+        SQLite's writers queue at a lock file in the folder. PostgreSQL serves the data folders that are nodes of the
+        installation (``store/nodes.py``), a connection for another one raises ``DatabaseInUse`` while one works.
+        One that does not ``claims`` to be a node is for joining.
         """
-        self.engine = create_engine(url, threads, folder)
+        claimed = folder if claims else None
+        self.engine = create_engine(url, threads, claimed)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         # SQLite's own lock is polled by those who wait for it, which costs tens of milliseconds; a lock of the kernel
         # wakes the next writer at once. PostgreSQL queues writers itself.
         self._write_gate = FileLock(folder / WRITE_LOCK) if self.is_sqlite else None
+        self.folder = folder
+        self.locks = Locks(folder, None if self.is_sqlite else create_engine(url, LOCKS_AT_ONCE, claimed))
         self._shared = SharedTransactions(self.transaction)
         self._locked = False  # whether the last writer waited in vain for the database to be free
         self._failed = False  # whether the last transaction that writes failed because of the database
@@ -204,14 +210,16 @@ class Database:
         """Bring the schema up to this version's; raises ``DatabaseTooNew`` if a newer portal has written it.
 
         On PostgreSQL with ``owner_url`` as the role of that URL, which lets this one's role use the tables. Raises
-        ``StartupError`` if a role may not do that.
+        ``StartupError`` if a role may not do that, or while another node works with the schema that there is.
         """
         engine = create_engine(owner_url, 1) if owner_url else self.engine
         try:
             with _translated():
                 with self.engine.connect() as connection:
-                    if not owner_url and schema.revision(connection) == schema.newest_revision():
+                    found = schema.revision(connection)
+                    if not owner_url and found == schema.newest_revision():
                         return
+                    self._check_alone(connection, found)
                     role = "" if self.is_sqlite else connection.exec_driver_sql("SELECT current_user").scalar_one()
                 _migrate(engine, role)
         except sa.exc.ProgrammingError as error:
@@ -224,6 +232,17 @@ class Database:
         finally:
             if owner_url:
                 engine.dispose()
+
+    def _check_alone(self, connection: Connection, found: str | None) -> None:
+        if self.is_sqlite or found in (None, schema.newest_revision()):
+            return
+        from store import postgresql
+
+        driver: Any = connection.connection.driver_connection
+        if postgresql.other_folders(driver, folder_number(self.folder)):
+            raise StartupError(
+                "Other nodes work with an older version of the portal; stop them all, then start this one."
+            )
 
     def ping(self) -> None:
         """Raise ``DatabaseUnavailable`` unless the database answers a query, and can be written.
@@ -264,6 +283,7 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+        self.locks.close()
 
 
 def _migrate(engine: Engine, role: str) -> None:

@@ -5,7 +5,6 @@ Imported only where PostgreSQL is used, since its driver takes a while to load.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +17,21 @@ from sqlalchemy.engine import Connection, Engine
 
 from core.errors import DatabaseInUse
 from core.files import folder_number
+from core.server_command import server_command
 from store import scope
 
 LOCK_SECONDS, STATEMENT_SECONDS, IDLE_SECONDS = 5, 30, 120
 # Longer than any statement may take: only a server that is stopped or gone stays silent for this long.
 ANSWER_SECONDS = 35.0
-_FOLDERS = 0x706F7274  # the first number of the advisory locks that stand for data folders
+FOLDERS = 0x706F7274  # the first number of the advisory locks that stand for data folders
 # The numbers are signed where a lock is taken, and unsigned where it is listed: both are below 2**31.
 _OTHER_FOLDERS = (
     "SELECT FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND classid = %s AND objid <> %s AND granted"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+NO_NODE = (
+    "{} is the data folder of no node of the installation that works on this database; let an empty one join by: {},"
+    " with a code of portal-server invite at another node, or set PORTAL_DATABASE_URL to a database of its own."
 )
 CONNECT_ARGUMENTS = {
     "connect_timeout": 5,
@@ -76,7 +80,9 @@ def prepare(engine: Engine, folder: Path | None) -> None:
     sa.event.listen(engine, "do_connect", _connect)
     sa.event.listen(engine, "connect", _on_connect)
     if folder is not None:
-        sa.event.listen(engine, "connect", functools.partial(_claim, folder))
+        claim = FolderClaim(folder)
+        sa.event.listen(engine, "connect", claim)
+        engine.update_execution_options(portal_claim=claim)
     sa.event.listen(engine, "begin", _on_begin)
 
 
@@ -98,20 +104,45 @@ def _on_begin(connection: Connection) -> None:
         raise sa.exc.OperationalError("BEGIN", None, error) from error
 
 
-def _claim(folder: Path, connection: PatientConnection, _record: object) -> None:
-    """Hold a lock for the data folder as long as the connection lasts, and refuse it if another folder has one.
+class FolderClaim:
+    """Whose connections an engine makes: those of a data folder that is a node of the installation.
 
-    A data folder has a broker beside it, and the database says what one broker enforces: a second one would be said to
-    refuse devices that it lets in.
+    Each holds a lock for its folder as long as it lasts, by which others see that the node works.
     """
-    number = folder_number(folder)
-    connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", (_FOLDERS, number))
-    if connection.execute(_OTHER_FOLDERS, (_FOLDERS, number)).fetchone() is not None:
-        connection.close()
-        raise DatabaseInUse(
-            "A portal with another data folder works on this database, which knows one broker only; stop that one, or"
-            " set PORTAL_DATABASE_URL to a database of its own."
-        )
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.is_node = False  # once it has entered the installation: from then on it is refused if it is none any more
+
+    def __call__(self, connection: PatientConnection, _record: object) -> None:
+        """Refuse a connection of a data folder that may not work on the database; raises ``DatabaseInUse``.
+
+        A node has a broker beside it, and nothing is enforced before each broker that is recorded enforces it: that of
+        a folder which is no node would be said to refuse devices that it lets in.
+        """
+        number = folder_number(self._folder)
+        connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", (FOLDERS, number))
+        if not self._is_allowed(connection, number):
+            connection.close()
+            raise DatabaseInUse(NO_NODE.format(self._folder, server_command("join")))
+
+    def _is_allowed(self, connection: PatientConnection, number: int) -> bool:
+        any_node, its_own = _nodes(connection, number)
+        return its_own or (not (any_node and self.is_node) and not other_folders(connection, number))
+
+
+def _nodes(connection: psycopg.Connection[Any], number: int) -> tuple[bool, bool]:
+    """Return whether there is any node, and whether one has the folder of that number."""
+    (there_is_a_table,) = connection.execute("SELECT to_regclass('nodes') IS NOT NULL").fetchone() or (False,)
+    if not there_is_a_table:
+        return False, False
+    query = "SELECT count(*) > 0, coalesce(bool_or(folder = %s), false) FROM nodes"
+    return connection.execute(query, (number,)).fetchone() or (False, False)
+
+
+def other_folders(connection: psycopg.Connection[Any], number: int) -> bool:
+    """Return whether a portal with another data folder than that of a number has a connection to the database."""
+    return connection.execute(_OTHER_FOLDERS, (FOLDERS, number)).fetchone() is not None
 
 
 def _on_connect(connection: PatientConnection, _record: object) -> None:

@@ -16,6 +16,7 @@ from store import (  # noqa: F401 - all in METADATA
     enrolment_tables,
     group_tables,
     mail_tables,
+    node_tables,
     profile_tables,
     session_tables,
 )

@@ -30,6 +30,7 @@ from store.audit import AuditVerdict, Head
 from store.database import Database
 from store.tables import DEFAULT_TENANT
 from store.tenants import tenant_ids
+from workflows.shared_files import SharedFiles
 
 log = logging.getLogger("portal.audit")
 
@@ -251,15 +252,22 @@ class AuditLog:
 
         A key never signs two records, of which one lacks what the other has: each has a name of its own, the origin.
         """
-        path = self.files.key_path
+        path, shared = self.files.key_path, SharedFiles(self._settings, self._database)
         if os.path.lexists(path):
             self.files.key()
             return
-        host = urlsplit(self._settings.public_url).netloc.rpartition("@")[2]
-        key = SigningKey.create(f"{host}/audit/{secrets.token_hex(8)}")
         if self.tenant_id != DEFAULT_TENANT:
             for folder in (path.parent, self._settings.data_dir / CHECKPOINT_FOLDER):
                 private_folder(folder, mode=0o700)
+        with self._database.locks.of(".audit-key.lock").hold():
+            shared.fetch(path)  # which another node may have made
+            if not os.path.lexists(path):
+                self._make_key(path)
+                shared.publish(path)
+
+    def _make_key(self, path: Path) -> None:
+        host = urlsplit(self._settings.public_url).netloc.rpartition("@")[2]
+        key = SigningKey.create(f"{host}/audit/{secrets.token_hex(8)}")
         with self._database.transaction() as tx:
             actor = audit.system_actor(self.tenant_id)
             audit.record(tx, actor, "audit:key", "audit", at=self._clock(), verifier_key=str(key.verifier))
@@ -270,6 +278,7 @@ class AuditLog:
         if self.files.key_path.exists():
             self.files.checkpoint_path().unlink(missing_ok=True)
             self.files.key_path.unlink()
+            SharedFiles(self._settings, self._database).destroy(self.files.key_path)
 
     def export(self) -> Iterator[bytes]:
         """Yield the whole record, oldest entry first, as lines of JSON.

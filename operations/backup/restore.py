@@ -40,7 +40,7 @@ from operations.backup.restore_journal import SQLITE_FILES, RestoreJournal, jour
 from operations.backup.revocations import GuardRefusals, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
 from pki.keys.contract import check_that_it_signs
-from store import agents, audit, brokers, grants, schema
+from store import agents, audit, brokers, grants, nodes, schema
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
@@ -245,6 +245,7 @@ def _sync(path: Path) -> None:
 def _restore_postgresql(plan: _Plan) -> None:
     with journaled(plan.settings, None) as journal, contextlib.ExitStack() as stack:
         database = stack.enter_context(contextlib.closing(backups.open_database(plan.settings, as_owner=True)))
+        nodes.check_alone(database)
         replaced: Tables | None = None
         with database.snapshot() as tx:
             if not grants.may_change_schema(tx):
@@ -264,10 +265,11 @@ def _restore_postgresql(plan: _Plan) -> None:
         if plan.done.before is not None:
             backups.write(plan.settings, database, plan.done.before, _sealing_key(plan, stack), now=plan.now)
             replaced = stack.enter_context(Backup(plan.done.before)).rows
+        role = _running_role(plan.settings)  # another connection, which would wait for the tables that are cleared
         with database.transaction() as tx:
             store_copy.clear(tx, plan.backup.manifest.revision)
             _fill(tx, plan, replaced, journal)
-            grants.grant(tx, _running_role(plan.settings))
+            grants.grant(tx, role)
             journal.place(plan.puts, plan.moves, None)
 
 

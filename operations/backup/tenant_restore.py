@@ -38,7 +38,7 @@ from operations.backup.older_terms import older_terms
 from operations.backup.restore_journal import RestoreJournal, journaled
 from operations.backup.revocations import GuardRefusals, RevocationReplay, Tables
 from pki.algorithms import PrivateKey
-from store import agents, audit, brokers, schema, tenant_copy, tenants
+from store import agents, audit, brokers, nodes, schema, tenant_copy, tenants
 from store import copy as store_copy
 from store import issuers as store_issuers
 from store.database import Database
@@ -103,6 +103,7 @@ def restore_tenant(
             done=done,
         )
         database = stack.enter_context(contextlib.closing(backups.open_database(settings, as_owner=True)))
+        nodes.check_alone(database)
         try:
             _restore(plan, database, key, replace=replace)
         except sa.exc.IntegrityError as error:

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from core.errors import CaKeyUnavailable
 from core.pkcs11_uri import TokenUri
@@ -19,6 +20,19 @@ ROOT = "root"
 _ROOT_NAME = re.compile(r"(?:.*-)?root(?:-[0-9]+)?")  # the installation's, or a tenant's own
 FILES = None  # among places, for the files of the CA folder
 Place = TokenUri | None
+
+
+class SharedKeys(Protocol):
+    """What gives the nodes of an installation each other's keys, by the paths of their files."""
+
+    def publish(self, path: Path) -> None:
+        """Give a file to the other nodes."""
+
+    def fetch(self, path: Path) -> None:
+        """Write the file of another node if there is one."""
+
+    def destroy(self, path: Path) -> None:
+        """Have the other nodes destroy a file."""
 
 
 class KeyStores:
@@ -37,12 +51,15 @@ class KeyStores:
         root: Sequence[Place],
         timeout: float,
         markers: Path | None = None,
+        shared: SharedKeys | None = None,
     ) -> None:
         """``issuing`` and ``root`` are the places for the keys of issuing CAs and of the root; opens none of them.
 
-        ``markers`` is the folder that says which PINs were refused, if it is another one.
+        ``markers`` is the folder that says which PINs were refused, if it is another one. ``shared`` is given where
+        other nodes need the keys, too.
         """
         self._folder = folder
+        self._shared = shared
         self.files = KeyFiles(folder, passphrase)
         self._places = {False: tuple(issuing), True: tuple(root)}
         self._clients: dict[TokenUri, TokenClient] = {}
@@ -71,16 +88,19 @@ class KeyStores:
             else:
                 self._tokens[uri].destroy(name)
         self.files.destroy(name)
+        if self._shared is not None:
+            for path in self._files_of(name):
+                self._shared.destroy(path)
 
     def create(self, name: str, kind: KeyType) -> PrivateKey:
         """Make a new key in the first of its places; an existing one is never replaced."""
         self._refuse_existing(name)
-        return self._for_new(name).create(name, kind)
+        return self._published(name, self._for_new(name).create(name, kind))
 
     def adopt(self, name: str, key: PrivateKey) -> PrivateKey:
         """Keep a key that was made elsewhere in the first of its places; an existing one is never replaced."""
         self._refuse_existing(name)
-        return self._for_new(name).adopt(name, key)
+        return self._published(name, self._for_new(name).adopt(name, key))
 
     def load(self, name: str) -> PrivateKey:
         """Return a key from where it is."""
@@ -106,7 +126,7 @@ class KeyStores:
         was cut off is continued.
         """
         setting = _setting_of(name)
-        uri = next((place for place in self._places[_is_root(name)] if place is not None), None)
+        uri = next((place for place in self._places[is_root_name(name)] if place is not None), None)
         if uri is None:
             raise CaKeyUnavailable(f"{setting} names no token; put the token's URI into it, and file after it.")
         if not self.files.exists(name):
@@ -138,6 +158,16 @@ class KeyStores:
         for client in self._clients.values():
             client.close()
 
+    def _files_of(self, name: str) -> tuple[Path, Path]:
+        return self.files.path(name), record_path(self._folder, name)
+
+    def _published(self, name: str, key: PrivateKey) -> PrivateKey:
+        """Give a new key to the other nodes before a certificate of it is recorded, which they then need it for."""
+        if self._shared is not None:
+            for path in filter(Path.exists, self._files_of(name)):
+                self._shared.publish(path)
+        return key
+
     def _destroyed(self, name: str) -> Path:
         return self._folder / f"{name}.destroyed"
 
@@ -149,10 +179,13 @@ class KeyStores:
             )
 
     def _for_new(self, name: str) -> CaKeys:
-        first = self._places[_is_root(name)][0]
+        first = self._places[is_root_name(name)][0]
         return self.files if first is FILES else self._tokens[first]
 
     def _holding(self, name: str) -> CaKeys:
+        if self._shared is not None and not self.exists(name):
+            for path in self._files_of(name):
+                self._shared.fetch(path)
         is_recorded = record_path(self._folder, name).exists()
         if not is_recorded or (self.files.exists(name) and not read_record(self._folder, name).public):
             return self.files  # a move into a token that was cut off has not moved it
@@ -171,7 +204,7 @@ class KeyStores:
         A copy differs by its serial number. Of several that may be it, none is taken: who lacks the key would seem
         exchanged.
         """
-        tokens = [place for place in self._places[_is_root(name)] if place is not None]
+        tokens = [place for place in self._places[is_root_name(name)] if place is not None]
         seen = read_record(self._folder, name).token
         if fitting := [uri for uri in tokens if _fits(uri, seen)]:
             return fitting[0]
@@ -182,12 +215,13 @@ class KeyStores:
         return [known for known in recorded_keys(self._folder) if self._uri_of(str(known["name"])) == uri]
 
 
-def _is_root(name: str) -> bool:
+def is_root_name(name: str) -> bool:
+    """Return whether a CA of this name is a root."""
     return _ROOT_NAME.fullmatch(name) is not None
 
 
 def _setting_of(name: str) -> str:
-    return "PORTAL_ROOT_KEYS" if _is_root(name) else "PORTAL_CA_KEYS"
+    return "PORTAL_ROOT_KEYS" if is_root_name(name) else "PORTAL_CA_KEYS"
 
 
 def _fits(uri: TokenUri, seen: dict[str, str]) -> bool:

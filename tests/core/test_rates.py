@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from core.rates import Rates, Taken
+from core.pages import PageFile
+from core.rates import LAYOUT, Rates, Taken
 
 NOW = 1_800_000_000.0
 
 
 @pytest.fixture
 def rates(tmp_path: Path) -> Rates:
-    return Rates(tmp_path / "rates")
+    return Rates(PageFile(tmp_path / "rates", LAYOUT))
 
 
 def test_no_more_is_given_than_the_limit_and_the_wait_is_to_the_end_of_the_minute(rates: Rates) -> None:
@@ -49,8 +50,9 @@ def test_the_file_never_grows_and_a_damaged_one_begins_again(rates: Rates, tmp_p
 def test_several_processes_together_are_given_no_more_than_the_limit(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from core.rates import Rates
-rates = Rates(Path({str(tmp_path / "rates")!r}))
+from core.pages import PageFile
+from core.rates import LAYOUT, Rates
+rates = Rates(PageFile(Path({str(tmp_path / "rates")!r}), LAYOUT))
 print(sum(rates.take("a", 1, 100, {NOW}).number for _ in range(60)))
 """
     runs = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import Unavailable
+from core.pages import PageFile
 from core.throttle import (
+    LAYOUT,
     RECORDED_IN_ALL,
     RECORDED_OF_AN_ADDRESS,
     SETS,
@@ -27,7 +29,7 @@ HERE = "192.0.2.7"
 
 @pytest.fixture
 def throttle(tmp_path: Path) -> Throttle:
-    return Throttle(tmp_path / "attempts", limit=3)
+    return Throttle(PageFile(tmp_path / "attempts", LAYOUT), limit=3)
 
 
 def waits(throttle: Throttle, *moments: tuple[str, float]) -> list[int]:
@@ -120,7 +122,7 @@ def test_addresses_that_replace_another_in_one_file_do_not_in_the_next(throttle:
         if len(chosen) == WAYS:
             break
     assert waits(throttle, *[(HERE, 1)] * 4) == [0, 0, 0, 60], "they have replaced it here"
-    other = Throttle(tmp_path / "other", limit=3)
+    other = Throttle(PageFile(tmp_path / "other", LAYOUT), limit=3)
     waits(other, *[(HERE, 0)] * 4)
     for address in chosen:
         other.failed(address, NOW)
@@ -130,14 +132,15 @@ def test_addresses_that_replace_another_in_one_file_do_not_in_the_next(throttle:
 def test_all_who_use_the_table_count_together(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from core.throttle import Throttle
-throttle = Throttle(Path({str(tmp_path / "attempts")!r}), 1000)
+from core.pages import PageFile
+from core.throttle import LAYOUT, Throttle
+throttle = Throttle(PageFile(Path({str(tmp_path / "attempts")!r}), LAYOUT), 1000)
 print(*(throttle.failed("{HERE}", {NOW}).wait for _ in range(200)))
 """
     command = [sys.executable, "-c", program]
     root = Path(__file__).parents[2]
     processes = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    throttle = Throttle(tmp_path / "attempts", limit=1000)
+    throttle = Throttle(PageFile(tmp_path / "attempts", LAYOUT), limit=1000)
     with ThreadPoolExecutor(4) as threads:
         mine = [*threads.map(lambda _: throttle.failed(HERE, NOW).wait, range(600))]
     theirs = [int(wait) for process in processes for wait in process.communicate()[0].split()]
@@ -153,4 +156,4 @@ def test_a_damaged_table_is_replaced(throttle: Throttle, tmp_path: Path, content
 
 def test_a_table_that_cannot_be_kept_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(Unavailable):
-        Throttle(tmp_path / "gone" / "attempts", limit=3).failed(HERE, NOW)
+        Throttle(PageFile(tmp_path / "gone" / "attempts", LAYOUT), limit=3).failed(HERE, NOW)

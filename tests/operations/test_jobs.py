@@ -25,7 +25,8 @@ from core.broker_control import ControlKind
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.files import FileLock
 from operations import authority, jobs
-from operations.jobs import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, SILENT_SECONDS, Job
+from operations.jobs import CLOCK_TRUSTED_SECONDS, LEADER_LOCK, Job
+from operations.leadership import SILENT_SECONDS
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal, open_portal
 from store import brokers, issuers

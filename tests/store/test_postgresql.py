@@ -97,7 +97,7 @@ def test_a_database_serves_the_portals_of_one_data_folder_at_a_time(tmp_path: Pa
         first.migrate()
         beside.ping()
         other = Database(cluster.url, folder=shutil.copytree(folder, tmp_path / "copy"), threads=1)
-        with pytest.raises(DatabaseInUse, match="another data folder"):
+        with pytest.raises(DatabaseInUse, match="the data folder of no node"):
             other.ping()
         first.close()
         with pytest.raises(DatabaseInUse):

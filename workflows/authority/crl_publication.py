@@ -34,6 +34,7 @@ log = logging.getLogger("portal.reconciliation")
 # them: those of 100,000 entries slow down for 0.15 s whoever is answered meanwhile.
 LEAST_PAUSE, MAX_SHARE = 0.4, 1 / 50
 TOKEN_AGAIN_SECONDS = 1.0
+LOCK = ".crl.lock"
 
 
 class CrlPublication:
@@ -59,7 +60,7 @@ class CrlPublication:
         self._probe_certificates = probe_certificates
         self._clock = clock
         self._first_tenant = first_tenant
-        self.lock = FileLock(settings.data_dir / ".crl.lock")
+        self.lock = FileLock(settings.data_dir / LOCK)
         self._revoked = RevokedEntries()
         self._states = KnownCrlStates()
         self._crl_pem: dict[int, tuple[CrlHead, bytes]] = {}  # the newest CRL of each issuer
@@ -155,7 +156,14 @@ class CrlPublication:
             yield self._trust(issuers)
 
     def _sign_due(self) -> tuple[Issuers, Sequence[CrlRecord]]:
-        """Sign the CRLs that are due, and record them; return the issuers and those CRLs. The caller holds the lock."""
+        """Sign the CRLs that are due, and record them; return the issuers and those CRLs. The caller holds the lock.
+
+        Of several nodes one signs, and the others find it done.
+        """
+        with self._database.locks.alone_among_nodes(LOCK, self._settings.enforce_timeout):
+            return self._sign_alone()
+
+    def _sign_alone(self) -> tuple[Issuers, Sequence[CrlRecord]]:
         now = self._clock()
         signed: list[CrlRecord] = []
         if not self._broker.control.publishes_crls:

@@ -9,14 +9,15 @@ from config import Settings
 from core.errors import CaKeyUnavailable
 from core.states import IssuerKind, IssuerStatus
 from pki.keys.files import passphrase
-from pki.keys.stores import KeyStores
+from pki.keys.stores import KeyStores, SharedKeys
 from store.issuers import IssuerRecord
 
 
-def open_keys(settings: Settings, *, make: bool = True) -> KeyStores:
+def open_keys(settings: Settings, *, make: bool = True, shared: SharedKeys | None = None) -> KeyStores:
     """Return the CA keys of an installation; with ``make`` a missing passphrase file is created.
 
-    Asks no token. Raises ``CaKeyUnavailable`` if the passphrase of the files cannot be read.
+    Asks no token. ``shared`` gives other nodes their keys. Raises ``CaKeyUnavailable`` if the passphrase of the files
+    cannot be read.
     """
     return KeyStores(
         settings.ca_dir,
@@ -24,6 +25,7 @@ def open_keys(settings: Settings, *, make: bool = True) -> KeyStores:
         issuing=settings.ca_keys,
         root=settings.root_keys,
         timeout=settings.token_timeout,
+        shared=shared,
     )
 
 

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from config import Settings
 from core import metrics
-from core.errors import PortalError, TooManyUploads, Unavailable, UploadsBusy
+from core.errors import LockUnavailable, PortalError, TooManyUploads, Unavailable, UploadsBusy
 from core.files import FileLock
 from store.audit import Actor
+from store.locks import Locks
 from workflows.bulk.batch import Batch, Batches, Candidate, RowAnswer, RowChecked, RowDone, RowFailed, failed
 from workflows.bulk.processes import CredentialProcesses
 from workflows.reconciliation import Reconciler
@@ -23,6 +24,7 @@ from workflows.tenants import TenantDirectory
 BATCH = 256  # rows of a transaction, which keeps other writers waiting for some 15 ms
 AHEAD = 3  # batches under way: one is written while the processes are at work on the others
 UPLOADS_AGAIN_SECONDS = 10
+_TOO_MANY = "The tenant may have {} uploads under way at a time; try again when one has ended."
 WAKE_SECONDS = 1.0  # between two reconciliations during an upload
 
 
@@ -49,6 +51,7 @@ class Bulk:
     _reconciler: Reconciler
     _processes: CredentialProcesses
     _batches: Batches
+    _locks: Locks
 
     def close(self) -> None:
         """End the processes that issue credentials."""
@@ -56,10 +59,10 @@ class Bulk:
 
     @contextlib.contextmanager
     def place(self, tenant_id: str) -> Iterator[None]:
-        """Hold one of the places for uploads, which all server processes share.
+        """Hold one of the places for uploads, which all processes of a node share.
 
-        A tenant has as many as its quota says, and of several places all but one where there are other tenants. Raises
-        ``UploadsBusy``, and ``TooManyUploads`` if only this tenant has to wait.
+        A tenant has as many of all nodes as its quota says, and of several places all but one where there are other
+        tenants. Raises ``UploadsBusy``, and ``TooManyUploads`` if only this tenant has to wait.
         """
         with contextlib.ExitStack() as held:
             self._take_place(held, tenant_id)
@@ -77,15 +80,23 @@ class Bulk:
                     own += not is_free and path.read_text() == tenant_id
             most = self._places_of(tenant_id)
             if most is not None and own >= most:
-                raise TooManyUploads(
-                    f"The tenant may have {most} uploads under way at a time; try again when one has ended.",
-                    UPLOADS_AGAIN_SECONDS,
-                )
+                raise TooManyUploads(_TOO_MANY.format(most), UPLOADS_AGAIN_SECONDS)
             if free is None or not held.enter_context(FileLock(free).try_hold()):
                 raise UploadsBusy(
                     "As many uploads as are allowed at a time are under way; try again when one has ended."
                 )
+            self._take_of_quota(held, tenant_id)
             free.write_text(tenant_id)
+
+    def _take_of_quota(self, held: contextlib.ExitStack, tenant_id: str) -> None:
+        """Hold one of the uploads that the quota allows a tenant at all nodes together."""
+        quota = self._tenants.of(tenant_id).quotas.bulk_uploads
+        for number in range(quota or 0):
+            with contextlib.suppress(LockUnavailable):
+                held.enter_context(self._locks.alone_among_nodes(f"upload {number} of {tenant_id}", 0))
+                return
+        if quota is not None:
+            raise TooManyUploads(_TOO_MANY.format(quota), UPLOADS_AGAIN_SECONDS)
 
     def _places_of(self, tenant_id: str) -> int | None:
         """Return how many places a tenant may hold; a single one may hold all."""

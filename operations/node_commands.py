@@ -1,0 +1,67 @@
+"""The server's commands for several nodes on one database: invite, join, and the list of them."""
+
+from __future__ import annotations
+
+import click
+
+from operations import nodes
+from operations.command_base import opened_portal, print_table, settings_of_app, without_traceback
+from operations.wiring import utc_now
+from store import audit
+from store import nodes as store_nodes
+from store.scope import ALL_TENANTS
+
+
+@click.command("invite")
+@without_traceback
+def invite() -> None:
+    """Print a code with which another machine joins once.
+
+    It is valid for an hour. Run portal-server join there, with the same PORTAL_DATABASE_URL.
+    """
+    with opened_portal() as portal:
+        actor = audit.system_actor(portal.first_tenant)
+        code, ends = nodes.invite(portal.settings, portal.database, actor, now=portal.clock())
+    click.echo(f"Code           {code}")
+    click.echo(f"Valid          once, until {ends:%Y-%m-%d %H:%M} UTC")
+
+
+@click.command("join")
+@click.option("--name", metavar="NAME", default="", help="The node's name; else that of the machine.")
+@click.option("--code", prompt="Code", hide_input=True, help="The code; asked for if it is not given.")
+@without_traceback
+def join(name: str, code: str) -> None:
+    """Let this machine be a node of an installation.
+
+    The data folder must be empty, and PORTAL_DATABASE_URL that of the other nodes. The secrets of the installation come
+    with the code: the keys of links, the CA keys but for the root's. A passphrase that is a setting does not.
+    """
+    settings = settings_of_app()
+    node = nodes.join(settings, code.strip(), name, now=utc_now())
+    click.echo(f"Node           {node.name}, with {settings.data_dir}")
+    click.echo("Next           start the portal here, and the broker beside it")
+
+
+@click.command("nodes")
+@click.option("--remove", metavar="NAME", help="Forget a node that works no more, with the broker beside it.")
+@without_traceback
+def show_nodes(remove: str | None) -> None:
+    """List the nodes of the installation, or forget one."""
+    with opened_portal() as portal:
+        if remove is not None:
+            nodes.remove(portal.database, audit.system_actor(portal.first_tenant), remove, now=portal.clock())
+            click.echo(f"Removed        {remove}")
+            return
+        with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+            found = [(one, store_nodes.works(tx, one)) for one in store_nodes.list_nodes(tx)]
+    rows = [
+        (
+            one.name,
+            "works" if works else "does not work",
+            "" if one.seen_at is None else f"{one.seen_at:%Y-%m-%d %H:%M:%S}",
+            one.version or "",
+            f"{one.joined_at:%Y-%m-%d %H:%M}",
+        )
+        for one, works in found
+    ]
+    print_table(("name", "state", "last seen", "version", "joined"), rows)
