@@ -20,6 +20,7 @@ from store.certificates import OF_DEVICE
 from store.database import UtcDateTime
 from store.deliveries import DeliveryRevocation, empty_answers
 from store.devices import DEVICE_COLUMNS, CertificateChange, DeviceRecord, update_device
+from store.listening import TOLD
 from store.presences import add_presences
 from store.tables import AclEntry, BrokerState, Certificate, Delivery, Device
 
@@ -275,9 +276,14 @@ _ADVANCE = (
 )
 
 
+_ADVANCE_AND_TELL: sa.UpdateBase = _ADVANCE.returning(TOLD)
+
+
 def next_generation(tx: Connection, *, at: datetime) -> int:
     """Advance the generation that the broker must reach, in the transaction of the change, and return the new one.
 
-    It is one for all tenants, as the broker is: else it would not learn of the changes of some.
+    It is one for all tenants, as the broker is: else it would not learn of the changes of some. Other nodes hear of it
+    at the commit, where there are several brokers.
     """
-    return int(tx.execute(_ADVANCE, {"at": at}).scalar_one())
+    statement = _ADVANCE if tx.dialect.name == "sqlite" else _ADVANCE_AND_TELL
+    return int(tx.execute(statement, {"at": at}).scalar_one())

@@ -33,6 +33,7 @@ from operations.leadership import leadership_of
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal
 from store import audit, certificates, deliveries, devices, generations, nodes, tenants, webhooks
+from store.listening import listen
 from workflows import events
 from workflows.events import EventType
 
@@ -352,6 +353,7 @@ def start(portal: Portal) -> threading.Event:
         "events": portal.dispatcher.run,
     }
     if not portal.database.is_sqlite:
+        bodies["other nodes"] = functools.partial(listen, portal.database, portal.reconciler.look)
         bodies["installation's jobs"] = functools.partial(run, portal, jobs=OF_ALL, lock=INSTALLATION_LOCK)
     if portal.settings.mail_server is not None:
         bodies["mail"] = functools.partial(run, portal, jobs=SEND_MAIL, lock=MAIL_LOCK)

@@ -318,6 +318,12 @@ class Reconciler:
         """Ask for a reconciliation within a second, without waiting for it."""
         self._woken.set()
 
+    def look(self) -> None:
+        """Ask for a reconciliation if this node's broker lacks something, as after a change at another node."""
+        state = self.own_state()
+        if state.applied_generation < state.generation:
+            self.wake()
+
     def run_requested(self, stopping: threading.Event) -> None:
         """Run the reconciliations that ``wake`` asks for until ``stopping`` is set; the body of a thread."""
         interval, ended = 0.0, time.monotonic()
