@@ -21,7 +21,7 @@ from config import Settings
 from core.errors import StartupError
 from core.files import private_folder, replace_file
 
-NOT_JOINED = "This agent has not joined a portal; see docs/how-to/edge.md, and portal-server agent join --help."
+NOT_JOINED = "This agent has not joined a portal; see portal broker add, and portal-server agent join --help."
 _PORTAL_DECIDES = ("topic_prefix", "topic_prefixes", "mqtt_host", "mqtt_port")
 
 
@@ -129,7 +129,8 @@ class AgentFolder:
         """Keep CAs, CRLs and settings as the portal has said them; raise ``ValueError`` if it has not."""
         portal_ca = said["portal_ca"]
         x509.load_pem_x509_certificates(portal_ca.encode())
-        kept = {"names": [names.cas, names.crls], "settings": _decided(said["settings"])}
+        settings = self._said_of_trust().get("settings", {}) | _decided(said["settings"])
+        kept = {"names": [names.cas, names.crls], "settings": settings}
         kept |= {name: said[name] for name in ("ca", "crl", "tenants")}
         replace_file(self._trust, json.dumps(kept).encode())
         replace_file(self.portal_ca, portal_ca.encode())
@@ -152,7 +153,7 @@ class AgentFolder:
 
 
 def _decided(settings: Mapping[str, str]) -> dict[str, str]:
-    return {name: str(settings[name]) for name in _PORTAL_DECIDES}
+    return {name: str(settings[name]) for name in _PORTAL_DECIDES if name in settings}
 
 
 def settings_of(environ: Mapping[str, str]) -> tuple[Settings, AgentFolder]:

@@ -21,10 +21,11 @@ from sqlalchemy.engine import Connection
 import ca
 import db
 from config import Settings
-from core.errors import ClientCertificateRefused, InputInvalid, NotFound, StateConflict
-from core.setting_values import parse_address
+from core.errors import ClientCertificateRefused, InputInvalid, NotFound, SettingInvalid, StateConflict
+from core.setting_values import Address, parse_address
 from core.states import BrokerKind
 from pki.csr import Csr, read_csr
+from pki.issuers import server_profile
 from store import agents, audit, brokers, issuers
 from store.agents import AgentRecord
 from store.audit import Actor
@@ -230,7 +231,12 @@ class BrokerAgents:
         )
 
     def _sign_server(self, signer: RecordedIssuer, request: Csr, record: AgentRecord, now: datetime) -> ca.Issued:
-        names = (parse_address(record.address).host,)
+        address = _parsed(record.address)
+        if address is None:
+            raise StateConflict(
+                f"The broker {record.name} has no address HOST:PORT for its certificate; see portal broker update."
+            )
+        names = (address.host,)
         days, url = self._settings.server_days, self._settings.pki_url
         return ca.sign_server_certificate(
             signer.issuer, request.public_key, names=names, now=now, days=days, pki_url=url
@@ -267,10 +273,8 @@ class BrokerAgents:
 def told_settings(settings: Settings, address: str) -> dict[str, str]:
     """Return what this portal decides of the settings of an agent whose broker has this address, if it has one."""
     told = {"topic_prefix": settings.topic_prefix, "topic_prefixes": ",".join(settings.topic_prefixes)}
-    if address:
-        host, port = parse_address(address)
-        told |= {"mqtt_host": host, "mqtt_port": str(port)}
-    return told
+    known = _parsed(address)
+    return told if known is None else told | {"mqtt_host": known.host, "mqtt_port": str(known.port)}
 
 
 def _unknown_code() -> NotFound:
@@ -278,8 +282,17 @@ def _unknown_code() -> NotFound:
 
 
 def _checked_address(address: str) -> str:
+    parsed = _parsed(address)
+    if parsed is None:
+        raise InputInvalid("The address must be HOST or HOST:PORT, such as mqtt.example.org:8883.")
+    return str(parsed)
+
+
+def _parsed(address: str) -> Address | None:
+    """Return the address of a broker, which an operator may have changed to anything; ``None`` if it is not one."""
     try:
         parsed = parse_address(address if ":" in address.rpartition("]")[2] else f"{address}:{MQTT_PORT}")
-    except ValueError as error:
-        raise InputInvalid(f"The address {error}.") from None
-    return str(parsed)
+        server_profile((parsed.host,))  # raises for a host that no certificate can name
+    except (ValueError, SettingInvalid):
+        return None
+    return parsed

@@ -149,7 +149,7 @@ def test_a_name_is_taken_once(portal: Portal) -> None:
         add(portal)
 
 
-@pytest.mark.parametrize("address", ["", "host:0", "host:x", ":8883", "host:99999"])
+@pytest.mark.parametrize("address", ["", "host:0", "host:x", ":8883", "host:99999", "a host", "a/b:8883"])
 def test_an_address_is_that_of_a_host(portal: Portal, address: str) -> None:
     with pytest.raises(InputInvalid):
         add(portal, address=address)
@@ -205,6 +205,17 @@ def test_the_names_in_the_brokers_certificate_are_the_portals_to_decide(portal: 
     chain = portal.agents.certify(record, {AgentCertificate.SERVER: csr()}).chains[AgentCertificate.SERVER]
     names = x509.load_der_x509_certificate(der(chain)).extensions.get_extension_for_class(x509.SubjectAlternativeName)
     assert names.value.get_values_for_type(x509.DNSName) == ["edge.example.org"]
+
+
+def test_an_address_that_became_none_is_told_and_breaks_nothing(portal: Portal) -> None:
+    certificate = joined(portal)
+    for address in (None, "somewhere nice", "host:port"):
+        with portal.database.transaction(sees=ALL_TENANTS) as tx:
+            brokers.set_address(tx, state_of(portal).id, address)
+        record = portal.agents.shown(certificate)
+        with pytest.raises(StateConflict, match="has no address"):
+            portal.agents.certify(record, {AgentCertificate.SERVER: csr()})
+        assert "mqtt_host" not in portal.agent_feed.trust(record)[1]["settings"]
 
 
 def test_the_revoked_probe_certificate_is_on_the_crl_of_its_generation(portal: Portal) -> None:
