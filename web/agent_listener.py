@@ -1,7 +1,7 @@
 """Serves agents beside brokers elsewhere: mutual TLS, and a thread for each connection, since most of them wait.
 
-It runs in one worker process of a node, so that waiting agents take no thread of those that answer requests. What
-reaches it without a certificate of an agent costs a handshake, of which there are few at a time.
+It runs in one worker process of a node, so that waiting agents take no thread of those that answer requests. Who has
+shown no certificate yet has few connections at a time, each address fewer, and they are ended soon.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from operations.wiring import Portal
 from store.agents import AgentRecord, Given
 from web.api.problems import of_error
 from web.listeners import CIPHERS, listen
+from web.slow_clients import network_of
 from workflows.agents.agents import AgentCertificate, Report
 
 log = logging.getLogger("portal.agents")
 
 LOCK = ".agents.lock"
-MAX_CONNECTIONS, MAX_HANDSHAKES, MAX_OF_AGENT = 1000, 32, 4
+MAX_CONNECTIONS, MAX_OF_AGENT = 1000, 4
+MAX_UNKNOWN, MAX_UNKNOWN_OF_ADDRESS = 256, 16  # connections that have not shown a certificate yet
 IDLE_SECONDS = 90.0  # from an answer to the end of the next request
 ANSWER_SECONDS = 300.0
 MAX_WAIT = 60.0
@@ -72,7 +74,7 @@ class AgentListener:
         self.listening, self.stopping = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}  # until when each may take
-        self._handshakes = threading.Semaphore(MAX_HANDSHAKES)
+        self._unknown: Counter[str] = Counter()  # connections without a certificate, by their address
         self._of_agent: Counter[int] = Counter()
         self._context: tuple[object, ssl.SSLContext] | None = None
 
@@ -96,12 +98,15 @@ class AgentListener:
                 _end(client)
 
     def _accept(self, client: socket.socket) -> None:
+        address = network_of(client)
         with self._lock:
-            if len(self._open) >= MAX_CONNECTIONS:
+            of_address, unknown = self._unknown[address], self._unknown.total()
+            if len(self._open) >= MAX_CONNECTIONS or unknown >= MAX_UNKNOWN or of_address >= MAX_UNKNOWN_OF_ADDRESS:
                 client.close()
                 return
             self._open[client] = time.monotonic() + self.portal.settings.request_timeout
-        threading.Thread(target=self._converse, args=(client,), name="agent", daemon=True).start()
+            self._unknown[address] += 1
+        threading.Thread(target=self._converse, args=(client, address), name="agent", daemon=True).start()
 
     def _end_late(self) -> None:
         """End the connections whose time is over: their threads notice."""
@@ -116,11 +121,9 @@ class AgentListener:
             if client in self._open:
                 self._open[client] = time.monotonic() + seconds
 
-    def _converse(self, client: socket.socket) -> None:
+    def _converse(self, client: socket.socket, address: str) -> None:
         try:
             client.settimeout(self.portal.settings.request_timeout)
-            if not self._handshakes.acquire(timeout=self.portal.settings.request_timeout):
-                return
             try:
                 secure = self._tls().wrap_socket(client, server_side=True, do_handshake_on_connect=False)
                 with self._lock:
@@ -128,7 +131,7 @@ class AgentListener:
                 client = secure
                 secure.do_handshake()
             finally:
-                self._handshakes.release()
+                self._known(address)
             _Conversation(secure, self)
         except OSError as error:  # of TLS, too
             log.debug("an agent's connection has ended", extra={"problem": str(error)})
@@ -138,6 +141,13 @@ class AgentListener:
             with self._lock:
                 self._open.pop(client, None)
             client.close()
+
+    def _known(self, address: str) -> None:
+        """Count a connection from an address no longer as one without a certificate."""
+        with self._lock:
+            self._unknown[address] -= 1
+            if not self._unknown[address]:
+                del self._unknown[address]
 
     def _tls(self) -> ssl.SSLContext:
         """Return the TLS context, made anew if a certificate of the portal's has changed."""

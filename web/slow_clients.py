@@ -35,7 +35,7 @@ class SlowClients:
     @contextmanager
     def waiting(self, client: socket.socket) -> Iterator[bool]:
         """Wait for a client in the body of the ``with`` if this yields true: else it has to be cut off."""
-        address = _network_of(client)
+        address = network_of(client)
         with self._lock:
             total = self._held.total()
             if may_wait := total < self._for_any or (total < self._for_all and not self._held[address]):
@@ -50,7 +50,7 @@ class SlowClients:
                         del self._held[address]
 
 
-def _network_of(client: socket.socket) -> str:
+def network_of(client: socket.socket) -> str:
     """Return the address of a client, of IPv6 the network of 64 bits, in which a host chooses its own."""
     try:
         host = client.getpeername()[0]

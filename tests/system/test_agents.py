@@ -15,7 +15,7 @@ import pytest
 from broker.guard.journal import read_access, read_position
 from operations.wiring import utc_now
 from store import brokers
-from tests.support.deployment import Deployment, Onboarded, deployed, wait_until
+from tests.support.deployment import Deployment, Onboarded, deployed, is_answered, wait_until
 from tests.support.edges import Edge, edge_of, journal
 from tests.support.links import Link, LossyNamespace
 from tests.support.ports import free_port
@@ -201,6 +201,19 @@ def test_a_broker_that_does_not_run_has_proven_nothing(hasty: Deployment) -> Non
         edge.wait_enforced()
         assert is_denied(edge.here(device))
         assert edge.record().problem is None
+
+
+def test_when_the_process_that_serves_agents_dies_another_one_does(hasty: Deployment) -> None:
+    with edge_of(hasty) as edge:
+        devices = [hasty.onboard(f"pump-{number}") for number in range(2)]
+        for device in devices:
+            for worker in hasty.workers():
+                os.kill(worker, signal.SIGKILL)
+            hasty.session.close()  # its connections are gone
+            wait_until(lambda: is_answered(f"{hasty.url}/healthz"))
+            revoke(hasty, device)  # which another process answers than serves the agent, or the same
+            edge.wait_enforced()
+            assert is_denied(edge.here(device))
 
 
 def test_damaged_files_of_the_broker_are_written_again(hasty: Deployment) -> None:

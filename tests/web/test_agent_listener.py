@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -297,6 +298,24 @@ def test_more_connections_than_there_may_be_are_closed(server: Server, monkeypat
         with socket.create_connection(server.address, 30) as further:
             assert is_ended(further)
         assert ask(connection, "GET", CHANGES)[0] == 200
+
+
+def test_an_address_without_a_certificate_keeps_nobody_else_out(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_listener, "MAX_UNKNOWN_OF_ADDRESS", 2)
+    agent = server.agent()
+    with contextlib.ExitStack() as stack, server.connected(agent.context) as connection:
+        assert ask(connection, "GET", CHANGES)[0] == 200
+        silent = [stack.enter_context(socket.create_connection(server.address, 30)) for _ in range(3)]
+        assert is_ended(silent[2])  # at once
+        assert ask(connection, "GET", CHANGES)[0] == 200  # who was there before stays
+        elsewhere = stack.enter_context(socket.create_connection(server.address, 30, ("127.0.0.2", 0)))
+        known = stack.enter_context(agent.context.wrap_socket(elsewhere, server_hostname=server.address[0]))
+        known.sendall(b"GET /broker-agents/changes HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert known.recv(12) == b"HTTP/1.1 200"
+        assert is_ended(silent[0])  # their time is over
+    assert server.ask(agent.context, "GET", CHANGES)[0] == 200
 
 
 def test_an_agent_has_a_few_requests_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
