@@ -1,0 +1,184 @@
+"""Answers what a RabbitMQ node asks about a client: may it log in, use a queue, publish or subscribe.
+
+A node asks by its HTTP backend (``rabbitmq_auth_backend_http``) with a form, and is answered ``allow`` or ``deny``.
+What clients may do is read from the journal that the guard of a Mosquitto follows, too. Whatever is not understood,
+not known or of a damaged journal is denied.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from broker.guard.journal import MAX_LINE_BYTES, decode
+
+VHOST, EXCHANGE = "/", "amq.topic"
+MAX_FORM_BYTES, MAX_FIELDS = 4096, 16
+_HEADER = re.compile(rb"portal-guard 1 [0-9]{1,19} 0")
+_LINE = re.compile(rb"([0-9]{1,19}) ([!-~][ -~]*)")
+
+# What an identity may do: filters, each as words, with "r", "w" or "rw"; None: the default topics.
+_Granted = Sequence[tuple[Sequence[str], str]] | None
+
+
+def read_form(body: bytes) -> Mapping[str, str] | None:
+    """Return the fields of a request, ``None`` if it is too long, malformed or names a field twice."""
+    if len(body) > MAX_FORM_BYTES:
+        return None
+    try:
+        pairs = parse_qsl(
+            body.decode("ascii"),
+            keep_blank_values=True,
+            strict_parsing=True,
+            errors="strict",
+            max_num_fields=MAX_FIELDS,
+        )
+    except ValueError:
+        return None
+    fields = dict(pairs)
+    return fields if len(fields) == len(pairs) else None
+
+
+def words_of(text: str, *, is_filter: bool) -> Sequence[str] | None:
+    """Return the words of a routing key, or of an MQTT topic or filter; ``None`` if RabbitMQ cannot tell them apart.
+
+    It takes ``/`` and ``.`` for the same, and in a filter ``+`` and ``*``; ``#`` is any number of words, anywhere.
+    """
+    words = ["*" if word == "+" else word for word in text.replace("/", ".").split(".")]
+    for word in words:
+        if not word or (("*" in word or "#" in word or "+" in word) and not (is_filter and word in ("*", "#"))):
+            return None
+    return words
+
+
+def covers(granted: Sequence[str], asked: Sequence[str]) -> bool:
+    """Tell whether a granted filter has every routing key that is asked for, which may have wildcards."""
+    for index, word in enumerate(granted):
+        if word == "#":
+            return True
+        if index == len(asked) or asked[index] == "#" or word not in ("*", asked[index]):
+            return False
+    return len(granted) == len(asked)
+
+
+class Answers:
+    """The answers of one process, from the journal at ``path``, which is looked at for each.
+
+    ``prefix`` is the topic below which devices have their default topics. So an answer is of all that was appended
+    before the question came. Not for several threads at once: the caller holds a lock.
+    """
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self._path = path
+        self._prefix = prefix
+        self._begin(0)
+
+    def _begin(self, inode: int) -> None:
+        self._inode, self._end, self._seq, self._checksum = inode, 0, -1, 0
+        self._header = b""  # names the epoch, for an inode that a new journal has again
+        self._is_damaged = False
+        self._granted: dict[str, _Granted] = {}
+
+    def allows(self, question: str, form: Mapping[str, str]) -> bool:
+        """Answer ``user``, ``vhost``, ``resource`` or ``topic``, each with its fields."""
+        identity = form.get("username", "")
+        if not self._follow() or identity not in self._granted:
+            return False
+        match question:
+            case "user":  # of a certificate: who gives a password, be it empty, may have the certificate of another
+                return form.keys() == {"username"}
+            case "vhost":  # before a client takes over the session of another with the same client id
+                return form.get("vhost") == VHOST and form.get("client_id") == identity
+            case "resource":
+                return form.get("client_id") == identity and _is_own(identity, form)
+            case "topic":
+                return form.get("variable_map.client_id") == identity and self._allows_topic(identity, form)
+        return False
+
+    def _allows_topic(self, identity: str, form: Mapping[str, str]) -> bool:
+        if (form.get("vhost"), form.get("resource"), form.get("name")) != (VHOST, "topic", EXCHANGE):
+            return False
+        permission = form.get("permission")
+        if permission not in ("read", "write"):
+            return False
+        asked = words_of(form.get("routing_key", ""), is_filter=permission == "read")
+        if asked is None:
+            return False
+        granted = self._granted[identity]
+        if granted is None:
+            own = words_of(f"{self._prefix}/{identity}/#", is_filter=True)
+            return own is not None and covers(own, asked)
+        return any(permission[0] in access and covers(words, asked) for words, access in granted)
+
+    # --- The journal
+
+    def _follow(self) -> bool:
+        """Take in what was appended, or a new journal; return whether it is whole."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                header = file.readline(MAX_LINE_BYTES)
+                if status.st_ino != self._inode or status.st_size < self._end or header != self._header:
+                    self._begin(status.st_ino)
+                    self._header = header
+                if status.st_size > self._end and not self._is_damaged:
+                    file.seek(self._end)
+                    while (line := file.readline(MAX_LINE_BYTES + 1)).endswith(b"\n"):
+                        self._take(line)
+                        self._end += len(line)
+                    self._is_damaged = self._is_damaged or len(line) > MAX_LINE_BYTES
+        except OSError:
+            self._begin(0)
+            return False
+        return self._seq > 0 and not self._is_damaged
+
+    def _take(self, line: bytes) -> None:
+        text, _, stated = line[:-1].rpartition(b" ")
+        checksum = zlib.crc32(text, self._checksum)
+        numbered = _LINE.fullmatch(text)
+        if stated != b"%08x" % checksum:
+            self._is_damaged = True
+        elif self._seq < 0:
+            self._is_damaged = _HEADER.fullmatch(text) is None
+        elif numbered is None or int(numbered[1]) != self._seq + 1:
+            self._is_damaged = True
+        else:
+            self._apply(numbered[2].decode("ascii").split(" "))
+        self._seq, self._checksum = self._seq + 1, checksum
+
+    def _apply(self, words: Sequence[str]) -> None:
+        match words:
+            case ["allow", identity]:
+                self._granted[identity] = None
+            case ["allow", identity, *filters] if not filters[0].startswith("in:"):
+                self._granted[identity] = [*filter(None, map(_filter, filters))]
+            case ["allow" | "deny" | "forget", identity, *_]:  # of another tenant: they share no cluster
+                self._granted.pop(identity, None)
+
+
+def _is_own(identity: str, form: Mapping[str, str]) -> bool:
+    """Tell whether a queue is the client's own, or an exchange the one of all topics."""
+    if form.get("vhost") != VHOST:
+        return False
+    asked = form.get("resource"), form.get("name"), form.get("permission")
+    queues = (f"mqtt-subscription-{identity}qos0", f"mqtt-subscription-{identity}qos1")
+    match asked:
+        case ("queue", name, "configure" | "write" | "read"):
+            return name in queues
+        case ("exchange", name, "write" | "read"):
+            return name == EXCHANGE
+    return False
+
+
+def _filter(text: str) -> tuple[Sequence[str], str] | None:
+    """Return a filter of a line; ``None`` if it means more to RabbitMQ than to MQTT: a literal dot or asterisk."""
+    access, _, encoded = text.partition(":")
+    granted = decode(encoded)
+    if access not in ("r", "w", "rw") or "." in granted or "*" in granted:
+        return None
+    words = words_of(granted, is_filter=True)
+    return None if words is None else (words, access)
