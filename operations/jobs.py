@@ -353,7 +353,9 @@ def start(portal: Portal) -> threading.Event:
         "events": portal.dispatcher.run,
     }
     if not portal.database.is_sqlite:
-        bodies["other nodes"] = functools.partial(listen, portal.database, portal.reconciler.look)
+        bodies["other nodes"] = functools.partial(
+            listen, portal.database, lambda waits: portal.reconciler.look(at_once=waits)
+        )
         bodies["installation's jobs"] = functools.partial(run, portal, jobs=OF_ALL, lock=INSTALLATION_LOCK)
     if portal.settings.mail_server is not None:
         bodies["mail"] = functools.partial(run, portal, jobs=SEND_MAIL, lock=MAIL_LOCK)

@@ -27,6 +27,7 @@ from store import brokers, devices, generations
 from store.database import Database
 from store.generations import BrokerStateRecord
 from store.issuers import CrlRecord
+from store.listening import hurry
 from store.scope import ALL_TENANTS
 from workflows import events
 from workflows.access import BrokerTenants, complete_draft
@@ -117,6 +118,7 @@ class Reconciler:
         self._begun = 0
         self._last: tuple[int, Outcome] = (0, Outcome(0, 0))
         self._woken = threading.Event()
+        self._hurried = threading.Event()
         self._last_problem = ("", 0.0)
         self._announced: set[str] = set()
         self._heard = threading.Condition()
@@ -167,7 +169,7 @@ class Reconciler:
         """
         deadline = time.monotonic() + (self._settings.enforce_timeout if timeout is None else timeout)
         outcome = self.apply(generation, timeout=timeout)
-        pause = FIRST_LOOK_SECONDS
+        pause, has_asked = FIRST_LOOK_SECONDS, self._database.is_sqlite
         while outcome.covers(generation):
             with self._heard:
                 # Read anew: a broker may have come back since the last reconciliation.
@@ -175,7 +177,11 @@ class Reconciler:
                     return outcome
                 if (left := deadline - time.monotonic()) <= 0:
                     return self._pending_elsewhere(outcome, pending_at(behind))
-                self._heard.wait(min(pause, left))
+                if has_asked:
+                    self._heard.wait(min(pause, left))
+            if not has_asked:
+                hurry(self._database)
+                has_asked = True
             pause = min(2 * pause, LOOK_SECONDS)
         return outcome
 
@@ -318,11 +324,16 @@ class Reconciler:
         """Ask for a reconciliation within a second, without waiting for it."""
         self._woken.set()
 
-    def look(self) -> None:
-        """Ask for a reconciliation if this node's broker lacks something, as after a change at another node."""
+    def look(self, *, at_once: bool = False) -> None:
+        """Ask for a reconciliation if this node's broker lacks something, as after a change at another node.
+
+        With ``at_once`` it keeps no distance to the one before: a request at another node waits for it.
+        """
         state = self.own_state()
         if state.applied_generation < state.generation:
             self.wake()
+            if at_once:
+                self._hurried.set()
 
     def run_requested(self, stopping: threading.Event) -> None:
         """Run the reconciliations that ``wake`` asks for until ``stopping`` is set; the body of a thread."""
@@ -334,7 +345,9 @@ class Reconciler:
             started = time.monotonic()
             try:
                 quiet = min(started - ended, self._seconds_since_last())
-                if stopping.wait(interval - quiet):
+                self._hurried.wait(max(0.0, interval - quiet))
+                self._hurried.clear()
+                if stopping.is_set():
                     return
                 started = time.monotonic()
                 state = self.own_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ pytestmark = ON_POSTGRESQL
 def listener(portal: Portal) -> Iterator[threading.Semaphore]:
     """What is released whenever the listener calls."""
     heard, stopping = threading.Semaphore(0), threading.Event()
-    thread = threading.Thread(target=listening.listen, args=(portal.database, heard.release, stopping))
+    thread = threading.Thread(target=listening.listen, args=(portal.database, lambda _waits: heard.release(), stopping))
     thread.start()
     try:
         assert heard.acquire(timeout=20)  # at its start
@@ -42,7 +43,7 @@ def test_a_commit_with_a_new_generation_is_heard(portal: Portal, monkeypatch: py
     with portal.database.transaction() as tx:
         brokers.add_broker(tx, "another", BrokerKind.AGENT, at=portal.clock(), joined=True)
     heard, stopping = threading.Semaphore(0), threading.Event()
-    thread = threading.Thread(target=listening.listen, args=(portal.database, heard.release, stopping))
+    thread = threading.Thread(target=listening.listen, args=(portal.database, lambda _waits: heard.release(), stopping))
     thread.start()
     assert heard.acquire(timeout=20)
     advance(portal)
@@ -70,3 +71,17 @@ def test_the_listener_looks_by_itself_and_goes_on_after_a_loss_of_its_connection
         while heard.acquire(blocking=False):
             pass
         assert all(heard.acquire(timeout=20) for _ in range(3))
+
+
+def test_the_others_are_told_that_a_request_waits(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "POLL_SECONDS", 3600.0)
+    heard: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    stopping = threading.Event()
+    thread = threading.Thread(target=listening.listen, args=(portal.database, heard.put, stopping))
+    thread.start()
+    assert not heard.get(timeout=20)
+    listening.hurry(portal.database)
+    assert heard.get(timeout=20)
+    stopping.set()
+    listening.hurry(portal.database)
+    thread.join(30)

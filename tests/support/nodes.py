@@ -42,7 +42,7 @@ class JoinedNode(Deployment):
     """A node that has joined another one's installation; its operator is the first node's."""
 
     def __init__(self, first: Deployment, **environment: str) -> None:
-        super().__init__(PORTAL_DATABASE_URL=first.environment["PORTAL_DATABASE_URL"], **environment)
+        super().__init__(**environment)
         self.first = first
 
     def make_data_folder(self) -> None:
@@ -117,12 +117,12 @@ class Installation:
 
 @contextmanager
 def installation(count: int, **environment: str) -> Iterator[Installation]:
-    """An installation of several nodes behind haproxy."""
+    """An installation of several nodes behind haproxy, on a database of its own unless one is given."""
     with ExitStack() as stack:
-        url = stack.enter_context(postgres_database())
+        url = environment.get("PORTAL_DATABASE_URL") or stack.enter_context(postgres_database())
         front = free_port()
-        given = {"PORTAL_SERVER_NAMES": "localhost,127.0.0.1", **environment}
-        first = stack.enter_context(Deployment(PORTAL_DATABASE_URL=url, **given))
+        given = {"PORTAL_SERVER_NAMES": "localhost,127.0.0.1", **environment, "PORTAL_DATABASE_URL": url}
+        first = stack.enter_context(Deployment(**given))
         nodes = [first, *(stack.enter_context(JoinedNode(first, **given)) for _ in range(count - 1))]
         for node in nodes:
             node.wait_ready()
