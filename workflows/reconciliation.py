@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 
 from broker.control import Changes, Draft, RestartReason, Step
 from broker.probe import ProbeCertificates
+from broker.restarts import LEAST_SPACING, BrokerRestarts
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core import metrics
@@ -36,7 +37,6 @@ from workflows.authority.issuers import Authority, Issuers
 from workflows.enforcement import STEPS_FILE, Progress, StepsFile, note_applied
 from workflows.events import EventType
 from workflows.prompt import Outcome, PromptAnswers
-from workflows.restarts import LEAST_SPACING, BrokerRestarts
 
 log = logging.getLogger("portal.reconciliation")
 

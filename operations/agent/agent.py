@@ -9,16 +9,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from broker.control import RestartReason
 from broker.crl import Trust
 from broker.guard.control import GuardControl
 from broker.guard.draft import GuardDraft
 from broker.guard.feed import NOTHING, Mark, PageReader, ReadPage, Sessions, TrustNames
 from broker.guard.journal import decode
+from broker.restarts import BrokerRestarts
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import (
@@ -32,7 +38,7 @@ from core.errors import (
 from core.tenants import TenantOnBroker
 from operations.agent.certificates import AgentCertificates
 from operations.agent.client import WAIT_SECONDS, PortalClient
-from operations.agent.folder import AgentFolder, State, utc_seconds
+from operations.agent.folder import AgentFolder, State, server_files, utc_seconds
 
 log = logging.getLogger("portal.agent")
 
@@ -41,6 +47,7 @@ SIGN_SECONDS = 10.0  # between two signs of life for the portal
 CERTIFICATES_SECONDS, PROBE_SECONDS = 60.0, 60.0
 AGAIN_SECONDS, REFUSED_SECONDS = 1.0, 10.0
 SAME_PROBLEM_SECONDS = 60.0
+LINE_BYTES = 55  # of a device in the journal
 KEPT_SECONDS = 10.0  # between two notes of when the portal was heard, which `agent status` shows
 # New CRLs are fetched so seldom that they are no burden on a thin link: a second for each 100 kB, a minute at most.
 CRL_BYTES_A_SECOND, MAX_CRL_PAUSE = 100_000, 60.0
@@ -91,6 +98,9 @@ class Agent:
         self._seen = self._trust[0] if self._trust else TrustNames(NOTHING.digest, NOTHING.digest)
         self._installed = self._state.mark
         self._loading: _Loading | None = None
+        self._restarts = BrokerRestarts(
+            settings, lambda deadline: self._broker.waits(folder.probes, deadline), self._lines
+        )
         goes_on = self._state.mark != NOTHING and not self._state.denies_all
         self._proof = _Proof(self._state.mark) if goes_on else None
         self._reported = NOTHING
@@ -387,6 +397,7 @@ class Agent:
             self._renew_crls()
             if self._state.mark == NOTHING or self._proof is not None:
                 return
+            self._restart_if_due()
             if self._reported != self._state.mark or self._is_time("sign", SIGN_SECONDS):
                 self._try_broker()
                 self._report()
@@ -400,6 +411,34 @@ class Agent:
                 self._next["probe"] = 0.0
                 self._client.report(self._state.mark, error.detail)
                 raise
+
+    def _restart_if_due(self) -> None:
+        """Restart the broker if something waits for that, by the command in the settings; or ask for it in the log."""
+        if not self._is_time("restart", PROBE_SECONDS) or (reason := self._reason_to_restart()) is None:
+            return
+        seconds = self._restarts.seconds_until_due()
+        if seconds == math.inf:
+            self._restarts.ask_for(reason)
+        elif seconds == 0:
+            log.warning("the broker is restarted", extra={"because": str(reason)})
+            self._restarts.restart(reason)
+            self._proof = _Proof(self._state.mark)  # it has to prove all again
+
+    def _reason_to_restart(self) -> RestartReason | None:
+        """Return why the broker has to be restarted: also if it shows an older certificate than it was given."""
+        deadline, probes = time.monotonic() + self._settings.enforce_timeout, self._folder.probes
+        with contextlib.suppress(BrokerUnavailable, OSError, ValueError):  # one that does not run
+            if (reason := self._broker.waits(probes, deadline)) is not None:
+                return reason
+            newest = x509.load_pem_x509_certificate(server_files(self._settings)[0].read_bytes())
+            if self._broker.server_certificate(probes, deadline) != newest.public_bytes(Encoding.DER):
+                return RestartReason.CERTIFICATE
+        return None
+
+    def _lines(self) -> int:
+        """Return about how many devices the journal has, as many as may be connected."""
+        position = self._control.files.position()
+        return 0 if position is None else position.size // LINE_BYTES
 
     def _renew_crls(self) -> None:
         """Give the broker the newest CRLs, if there are any that it does not have."""

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Flask
 
 from app import portal_of
 from broker.guard.draft import GuardDraft
 from broker.guard.feed import Mark, Page
 from broker.guard.journal import read_access, read_position
+from broker.restarts import BrokerRestarts
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.broker_control import JOURNAL_FILE
@@ -294,6 +297,25 @@ def test_without_the_portal_for_long_everybody_is_denied_until_it_is_heard_again
     assert read_access(place.journal)[device] == f"allow {device}"
     agent.look()
     assert read_access(place.journal)[device] == f"allow {device}"
+
+
+def test_a_broker_that_shows_an_older_certificate_is_restarted(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    restarted = tmp_path / "restarted"
+    agent = place.agent(PORTAL_BROKER_RESTART=f"touch {restarted}")
+    agent.follow(0)
+    certificate = x509.load_pem_x509_certificate(place.journal.with_name("server.pem").read_bytes())
+    shown = [certificate.public_bytes(Encoding.DER)]
+    monkeypatch.setattr(BrokerProvisioning, "server_certificate", lambda *_arguments: shown[0])
+    monkeypatch.setattr(BrokerRestarts, "seconds_until_due", lambda _self: 0.0)
+    agent.look()
+    assert not restarted.exists()
+    shown[0] = b"the one before"
+    monkeypatch.setattr(agents, "PROBE_SECONDS", 0.0)
+    again = place.agent(PORTAL_BROKER_RESTART=f"touch {restarted}")
+    again.look()
+    assert restarted.exists()
 
 
 def test_a_portal_that_is_not_reached_is_a_sentence(place: Place, link: Link) -> None:

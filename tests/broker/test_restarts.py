@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from broker.control import RestartReason
+from broker.restarts import BrokerRestarts
 from config import Settings
 from core.errors import BrokerUnavailable
-from workflows.restarts import BrokerRestarts
 
 
 class Waits:
@@ -76,7 +76,7 @@ def test_restarts_in_vain_become_rare(site: Callable[..., BrokerRestarts]) -> No
 def test_a_broker_that_the_command_does_not_restart_is_said(
     site: Callable[..., BrokerRestarts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workflows.restarts.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("broker.restarts.ANSWER_SECONDS", 0.1)
     with pytest.raises(BrokerUnavailable, match="it does not answer"):
         site(command="true").restart(RestartReason.TOPICS)
 
