@@ -50,7 +50,7 @@ class _Fingerprint(click.ParamType[str]):
 
 @click.group("agent")
 def agent_group() -> None:
-    """Beside a Mosquitto elsewhere: join a portal, follow it, show how far.
+    """A broker elsewhere: join a portal, run, show the state.
 
     Settings are those of the portal that concern the broker, such as PORTAL_DATA_DIR and PORTAL_BROKER_DIR.
     """
@@ -101,7 +101,7 @@ def run_agent() -> None:
 @agent_group.command("status")
 @_without_traceback
 def show_status() -> None:
-    """Show how far the broker obeys, and how old that knowledge is.
+    """Show how far the broker obeys, and when that was known.
 
     The exit status is 1 if something is wrong.
     """
