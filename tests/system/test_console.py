@@ -273,6 +273,8 @@ def test_a_stranger_registers_a_device_puts_it_on_the_broker_and_revokes_it_by_t
         assert client.wait_cut()
         expect(page.get_by_role("heading", name="Revoked, and kept out")).to_be_visible(timeout=30_000)
         expect(page.locator(".step-pending")).to_have_count(0)
+        expect(page.locator("#states .badge")).to_have_text(["Revoked", "Offline"])  # without a reload
+        expect(page.locator("#connection")).to_contain_text("Last seen")
         shown = page.locator(".step strong").all_inner_texts()
         assert (shown[0], shown[-1], sorted(shown)) == ("Recorded", "Enforced", sorted(STEPS))
         assert all(re.fullmatch(r"[\d.,]+ m?s", time) for time in page.locator(".step-time").all_inner_texts())

@@ -55,7 +55,7 @@ def device(visit: Visit, device_id: str) -> Shown:
         "life": life_of(details, certificates, entries or ()),
         "entries": None if entries is None else entries[:EVENTS],
         "once": new_once(),
-        **_enforcement(visit, device_id),
+        **_enforcement(visit, details),
     }
     return Shown("device.html", values)
 
@@ -65,15 +65,23 @@ def enforcement(visit: Visit, device_id: str) -> Shown | Moved:
     """Show how far a revocation or suspension has taken hold, for the page that watches it."""
     if not visit.wants_fragment:
         return Moved(path_of(device_id))
-    return Shown("device_enforcement.html", _enforcement(visit, device_id))
+    details = visit.portal.inventory.device(visit.actor.tenant_id, device_id)
+    shown = {"details": details, "device": details.device, "oob": True}
+    return Shown("device_enforcement.html", shown | _enforcement(visit, details))
 
 
-def _enforcement(visit: Visit, device_id: str) -> dict[str, object]:
+def _enforcement(visit: Visit, details: DeviceDetails) -> dict[str, object]:
+    """Return what is shown of a revocation or suspension, which is watched until the device is seen to be gone, too.
+
+    The broker reports who is connected some seconds later than it proves that it has cut the session.
+    """
+    device_id = details.device.id
     found = visit.portal.enforcements.of(visit.actor.tenant_id, device_id)
     if found is None:
         return {"enforcement": None, "device_id": device_id}
-    steps = steps_of(found)
-    return {"enforcement": found, "steps": steps, "device_id": device_id, "watched": not found.is_enforced}
+    is_connected = details.connection is not None and details.connection.connected is True
+    watched = is_connected or not found.is_enforced
+    return {"enforcement": found, "steps": steps_of(found), "device_id": device_id, "watched": watched}
 
 
 # --- Its life -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
+from datetime import datetime
 
 import pytest
 import sqlalchemy as sa
@@ -14,10 +15,12 @@ from markupsafe import escape
 from app import portal_of
 from broker.control import Step
 from core.roles import Role
+from core.states import PresenceState
 from store.brokers import set_applied_generation
+from store.presences import PresenceRecord, record_presences
 from store.tables import Token
 from tests.support.browser import Browser, logged_in_as, text_of
-from tests.support.harness import ON_SQLITE, Api
+from tests.support.harness import ON_SQLITE, Api, Clock
 from tests.support.tenants import add_tenant
 from tests.web.console.test_fleet import STORED
 from workflows.enforcement import Progress
@@ -88,6 +91,53 @@ def test_a_revocation_that_is_enforced_shows_each_time_and_is_watched_no_longer(
     assert times[0] == "0 ms"
     assert all(re.fullmatch(r"[\d.]+ m?s", time) for time in times)
     assert "every 1s" not in part
+
+
+def seen(app: Flask, device_id: str, state: PresenceState, since: datetime) -> None:
+    """The broker has reported a device just now."""
+    portal = portal_of(app)
+    with portal.database.transaction() as tx:
+        record_presences(tx, {device_id: PresenceRecord(state, since)})
+    portal.follower.contact.made("x")
+
+
+def badges_of(page: str) -> list[str]:
+    """The badges below the name of a device."""
+    states = re.search(r'<p class="lead states".*?</p>', page, re.DOTALL)
+    assert states is not None
+    return re.findall(r'<span class="badge[^>]*>(.*?)</span>', states[0])
+
+
+@pytest.mark.usefixtures("obeys")
+def test_a_revocation_is_watched_until_the_broker_has_reported_that_the_device_is_gone(
+    app: Flask, api: Api, browser: Browser, clock: Clock
+) -> None:
+    device_id = api.register()["device_id"]
+    path = path_of(device_id)
+    seen(app, device_id, PresenceState.CONNECTED, clock())
+    browser.post(f"{path}/revoke")
+    part = browser.get(f"{path}/enforcement", htmx=True).text
+    assert not [title for title, pending in steps_of(part) if pending]
+    assert badges_of(part) == ["Revoked", "Connected"]  # as the last report says
+    assert "every 1s" in part
+    clock.advance(seconds=2)
+    seen(app, device_id, PresenceState.OFFLINE, clock())
+    part = browser.get(f"{path}/enforcement", htmx=True).text
+    assert badges_of(part) == ["Revoked", "Offline"]
+    assert "every 1s" not in part
+    for id_ in ("states", "connection"):
+        assert re.search(rf'id="{id_}" hx-swap-oob="outerMorph"', part), id_
+        assert f'id="{id_}">' in browser.get(path).text
+
+
+def test_a_device_that_connects_within_the_second_of_its_registration_was_registered_first(
+    app: Flask, api: Api, browser: Browser, clock: Clock
+) -> None:
+    clock.advance(seconds=0.4)
+    device_id = api.register()["device_id"]
+    seen(app, device_id, PresenceState.CONNECTED, clock().replace(microsecond=0))  # the broker reports whole seconds
+    life = browser.get(path_of(device_id)).text.partition('<ol class="life">')[2].partition("</ol>")[0]
+    assert re.findall(r"<strong>(.*?)</strong>", life) == ["Registered", "Connected", "Certificate ends"]
 
 
 @pytest.mark.usefixtures("obeys")
