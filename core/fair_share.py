@@ -61,6 +61,7 @@ class FairShare:
         self._ended = threading.Condition(self._lock)  # a request has
         self._queues: dict[str, deque[threading.Condition]] = {}  # of requests that wait
         self._held: Counter[str] = Counter()  # threads
+        self._sending: Counter[str] = Counter()  # threads that send long answers, to clients that may be slow
         self._working: Counter[str] = Counter()
         self._began: dict[str, float] = {}  # when the last of those was, that are worked on
         self._first, self._first_until = "", 0.0  # the tenant that this process has put first last
@@ -72,7 +73,8 @@ class FairShare:
         """Do the body of the ``with`` when it is the tenant's turn; raises ``TenantBusy`` if that has too many."""
         with self._lock:
             self._note(tenant_id)
-            if self._held[tenant_id] >= self._held_most and self._others_are_served(tenant_id):
+            held = self._held[tenant_id] + self._sending[tenant_id]
+            if held >= self._held_most and self._others_are_served(tenant_id):
                 raise _busy()
             self._held[tenant_id] += 1
         try:
@@ -83,6 +85,25 @@ class FairShare:
             with self._lock:
                 _less(self._held, tenant_id)
                 self._note(tenant_id)
+
+    def in_parts(self, tenant_id: str, parts: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the parts of a long answer: its thread is one of the tenant's, and each part is made in its turn.
+
+        A client that reads slowly holds a thread, and holds up no other request of its tenant. Raises ``TenantBusy``.
+        """
+        with self._lock:
+            self._sending[tenant_id] += 1  # of which one may be too many: its request was counted when it came
+        try:
+            while True:
+                with self._share_of(tenant_id):
+                    part = next(parts, None)
+                if part is None:
+                    return
+                if part:
+                    yield part
+        finally:
+            with self._lock:
+                _less(self._sending, tenant_id)
 
     @contextmanager
     def _share_of(self, tenant_id: str) -> Iterator[None]:

@@ -403,3 +403,39 @@ def test_what_is_known_of_tenants_does_not_grow(share: FairShare) -> None:
             pass
     assert (len(share._seen), len(share._working), len(share._held), len(share._queues)) == (2, 0, 0, 0)
     assert not share._began
+
+
+def test_each_part_of_a_long_answer_is_made_in_a_turn_and_none_is_held_while_it_is_sent(
+    share: FairShare, requests: list[Request]
+) -> None:
+    working: list[int] = []
+
+    def made() -> Iterator[bytes]:
+        for part in (b"a", b"", b"b"):
+            working.append(share._working["one"])
+            yield part
+
+    with share.work_of("other"):  # which is served, too
+        answer = share.in_parts("one", made())
+        assert next(answer) == b"a"
+        [busy] = send(requests, share, "one", 1)
+        assert busy.begun.wait(SOON)  # it does not wait for the client that reads the answer
+        rest = threading.Thread(target=lambda: working.append(len([*answer])), daemon=True)
+        rest.start()
+        until_waiting(share, "one", 1)  # the next part waits for its turn
+        busy.end()
+        rest.join(SOON)
+    assert working == [1, 1, 1, 1]
+
+
+def test_the_threads_of_long_answers_are_some_of_those_that_a_tenant_may_hold(share: FairShare) -> None:
+    answers = [share.in_parts("one", iter([b"a", b"b"])) for _ in range(6)]  # three quarters of eight
+    for answer in answers:
+        assert next(answer) == b"a"
+    with share.work_of("one"):
+        pass  # nobody else is served
+    with share.work_of("other"), pytest.raises(TenantBusy), share.work_of("one"):
+        pass
+    answers.pop().close()  # type: ignore[attr-defined]  # as the server does of a client that is gone
+    with share.work_of("other"), share.work_of("one"):
+        pass

@@ -10,7 +10,7 @@ from core.roles import Permission
 from store.audit import Period
 from web.api.fields import Limit, NumericCursor, Place, ShortText, Time
 from web.api.pki import by_token, cached
-from web.api.routing import ANYONE, NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from web.api.routing import ANYONE, NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp, in_parts
 from workflows.audit import AuditLog
 
 ROUTES = Routes("Audit record")
@@ -72,7 +72,8 @@ def list_audit(call: Call, query: AuditQuery) -> AuditPage:
 )
 def export_audit(call: Call) -> Reply:
     """Export the whole audit record with its hashes."""
-    return Reply(content=call.portal.audit_logs.of(call.actor.tenant_id).export(), media_type=NDJSON)
+    portal, tenant_id = call.portal, call.actor.tenant_id
+    return Reply(content=in_parts(portal, tenant_id, portal.audit_logs.of(tenant_id).export()), media_type=NDJSON)
 
 
 _NOTE = Answers(

@@ -368,6 +368,11 @@ def share_of(portal: Portal, tenant_id: str) -> AbstractContextManager[None]:
     return portal.fair_share.work_of(tenant_id) if portal.tenant_terms.are_several else contextlib.nullcontext()
 
 
+def in_parts(portal: Portal, tenant_id: str, parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Return the content of a long answer for a tenant, each part of which is made in a turn of that tenant's."""
+    return portal.fair_share.in_parts(tenant_id, parts) if portal.tenant_terms.are_several else parts
+
+
 # --- The request --------------------------------------------------------------------------------------------------
 
 

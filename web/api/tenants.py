@@ -11,7 +11,7 @@ from core.tenants import Quotas, TenantChoices
 from store.tenants import TenantRecord
 from web.api.devices import ChangesRequest
 from web.api.fields import BundleFormatName, KeyTypeName, RoleName, TenantName, TopicPrefix, WholeNumber
-from web.api.routing import NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from web.api.routing import NDJSON, AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp, in_parts
 from workflows.tenant_life import NewTenant, TenantState
 
 ROUTES = Routes("Tenants")
@@ -249,7 +249,8 @@ def remove_tenant(call: Call, tenant: str, query: RemoveTenantQuery) -> RemovedT
 )
 def export_tenant(call: Call, tenant: str) -> Reply:
     """Export what is known of a tenant that was removed, without keys and bundles."""
-    return Reply(content=call.portal.tenant_removals.export(call.actor, tenant), media_type=NDJSON)
+    lines = call.portal.tenant_removals.export(call.actor, tenant)
+    return Reply(content=in_parts(call.portal, call.actor.tenant_id, lines), media_type=NDJSON)
 
 
 def _values(record: TenantRecord) -> dict[str, Any]:

@@ -75,12 +75,11 @@ def record(visit: Visit) -> Shown:
 
 @PAGES.add("GET", f"{RECORD}.csv", Permission.AUDIT)
 def record_csv(visit: Visit) -> Sent:
-    """Save all entries that match as CSV, newest first."""
-    query = visit.query(RecordQuery)
-    rows = _all(visit, query)
-    first = next(rows, None)  # what is refused is refused before anything is sent
-    lines = map(_line, itertools.chain([] if first is None else [first], rows))
-    return Sent(itertools.chain([csv_line(_COLUMNS)], lines), "text/csv; charset=utf-8", "audit.csv")
+    """Save all entries that match as CSV, newest first, read and sent in parts."""
+    parts = _parts(visit, visit.query(RecordQuery))
+    first = next(parts)  # what is refused is refused before anything is sent
+    lines = itertools.chain([csv_line(_COLUMNS)], [first], parts)
+    return Sent(lines, "text/csv; charset=utf-8", "audit.csv")
 
 
 def _found(
@@ -131,11 +130,11 @@ def _link(query: RecordQuery, changes: Mapping[str, str]) -> str:
     return f"{RECORD}?{urlencode(parameters)}" if parameters else RECORD
 
 
-def _all(visit: Visit, query: RecordQuery) -> Iterator[AuditRecord]:
+def _parts(visit: Visit, query: RecordQuery) -> Iterator[bytes]:
     before: str | None = None
     while True:
         entries, more = _found(visit, query, limit=CSV_AT_ONCE, before=before)
-        yield from entries
+        yield b"".join(map(_line, entries))
         if more is None:
             return
         before = str(more)

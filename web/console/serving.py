@@ -199,7 +199,9 @@ def _is_same_origin(visit: Visit) -> bool:
 
 def _response(visit: Visit, answer: Answer) -> Response:
     if isinstance(answer, Sent):
-        content = answer.content if isinstance(answer.content, bytes) else scope.Scoped(answer.content)
+        content = answer.content
+        if not isinstance(content, bytes):
+            content = scope.Scoped(routing.in_parts(visit.portal, visit.actor.tenant_id, content))
         saved = {**HEADERS, "Content-Disposition": f'attachment; filename="{answer.filename}"'}
         return Response(content, headers=saved, content_type=answer.media_type)
     if isinstance(answer, Shown):

@@ -14,6 +14,7 @@ from flask import Flask
 
 from core.fair_share import FairShare
 from core.roles import Role
+from tests.support.browser import logged_in_as
 from tests.support.est import Device, certificates_of, csr_der, in_base64, new_key
 from tests.support.harness import ON_SQLITE, api_as, csr_pem
 
@@ -74,3 +75,37 @@ def test_with_one_tenant_nothing_is_shared_out(app: Flask, shares: list[str]) ->
     link = "/download/" + api.register()["download_url"].rpartition("/")[2]
     assert api_as(app, None).get(link).status_code == 200
     assert shares == []
+
+
+def test_each_part_of_a_long_answer_takes_from_the_share_of_its_tenant(
+    app: Flask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme = api_as(app, Role.ADMIN, "acme")
+    for number in range(5):
+        acme.register(name=f"pump-{number}")
+    taken: list[str] = []
+    share_of = FairShare._share_of
+
+    @contextlib.contextmanager
+    def noted(share: FairShare, tenant_id: str) -> Iterator[None]:
+        taken.append(tenant_id)
+        with share_of(share, tenant_id):
+            yield
+
+    monkeypatch.setattr(FairShare, "_share_of", noted)
+    monkeypatch.setattr("web.console.fleet.CSV_AT_ONCE", 2)
+    monkeypatch.setattr("web.console.record.CSV_AT_ONCE", 2)
+    monkeypatch.setattr("store.audit.READ_AT_ONCE", 2)
+    browser = logged_in_as(app, Role.ADMIN, "acme")
+    for ask in (
+        lambda: browser.get("/ui/devices.csv", buffered=False),
+        lambda: browser.get("/ui/record.csv", buffered=False),
+        lambda: acme.client.get("/audit/export", headers={"Authorization": f"Bearer {acme.token}"}, buffered=False),
+    ):
+        taken.clear()
+        answer = ask()
+        assert answer.status_code == 200
+        parts = [len(taken) for part in answer.iter_encoded() if part]
+        assert len(parts) >= 3
+        assert parts == sorted(set(parts))  # each in a turn of its own
+        assert {*taken} == {"acme"}

@@ -7,6 +7,7 @@ import html
 import io
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -20,6 +21,7 @@ from tests.support.browser import Browser, text_of
 from tests.support.harness import ON_SQLITE, Api
 from web.api.groups import SavedFilter
 from web.console import fleet
+from workflows.devices import Inventory, Page
 
 pytestmark = ON_SQLITE
 STORED = [
@@ -180,6 +182,29 @@ def test_all_that_match_are_saved_as_csv_and_no_cell_is_a_formula(
     assert [row["name"] for row in rows] == ["'=cmd|' /C calc'!A0", "'+1", "'-1", "'@x", 'a "quoted", name']
     assert rows[0].keys() >= {"device_id", "status", "expires_at", "last_seen"}
     assert browser.get("/ui/devices.csv?status=nonsense").status_code == 422
+
+
+def test_the_csv_of_a_fleet_is_read_as_it_is_sent_and_never_more_than_a_part_of_it(
+    app: Flask, api: Api, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "CSV_AT_ONCE", 2)
+    for number in range(7):
+        api.register(name=f"pump-{number}")
+    read: list[int] = []
+    listed = Inventory.devices
+
+    def noted(inventory: Inventory, *given: Any, **named: Any) -> Page:
+        page = listed(inventory, *given, **named)
+        read.append(len(page.devices))
+        return page
+
+    monkeypatch.setattr(Inventory, "devices", noted)
+    answer = browser.get("/ui/devices.csv", buffered=False)
+    assert read == [2]  # so that what is refused is refused before anything is sent
+    sent = [(part.count(b"\r\n"), sum(read)) for part in answer.iter_encoded()]
+    # Lines of each part, and how many devices were read when it was sent: those of the parts before it, and its own.
+    assert sent == [(1, 2), (2, 2), (2, 4), (2, 6), (1, 7)]
+    answer.close()
 
 
 def test_every_operator_reads_the_fleet(api: Api, browser_of: Callable[..., Browser]) -> None:
