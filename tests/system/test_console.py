@@ -58,6 +58,7 @@ SCREENS = (
     Screen("edit manufacturer", "/ui/access/manufacturers/{maker}/edit", "Edit A maker", ("filled",)),
     Screen("edit application", "/ui/access/applications/{application}/edit", "Edit back end", ("filled",)),
     Screen("tenants", "/ui/access/tenants", "Access", ("filled",)),
+    Screen("brokers", "/ui/access/brokers", "Access", ("filled",)),
     Screen("edit tenant", "/ui/access/tenants/empty/edit", "Edit empty", ("filled",)),
     Screen("record", "/ui/record", "Record"),
     Screen("webhooks", "/ui/record/webhooks", "Record", ("empty",)),
