@@ -1,7 +1,7 @@
 """Serves agents beside brokers elsewhere: mutual TLS, and a thread for each connection, since most of them wait.
 
 It runs in one worker process of a node, so that waiting agents take no thread of those that answer requests. Who has
-shown no certificate yet has few connections at a time, each address fewer, and they are ended soon.
+not shown an agent's certificate has few connections at a time, each address fewer, and they are ended soon.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger("portal.agents")
 
 LOCK = ".agents.lock"
 MAX_CONNECTIONS, MAX_OF_AGENT = 1000, 4
-MAX_UNKNOWN, MAX_UNKNOWN_OF_ADDRESS = 256, 16  # connections that have not shown a certificate yet
+MAX_UNKNOWN, MAX_UNKNOWN_OF_ADDRESS = 256, 16  # connections that have not shown an agent's certificate
 IDLE_SECONDS = 90.0  # from an answer to the end of the next request
 ANSWER_SECONDS = 300.0
 MAX_WAIT = 60.0
@@ -74,7 +74,7 @@ class AgentListener:
         self.listening, self.stopping = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}  # until when each may take
-        self._unknown: Counter[str] = Counter()  # connections without a certificate, by their address
+        self._unknown: Counter[str] = Counter()  # connections of none that is known as an agent, by address
         self._of_agent: Counter[int] = Counter()
         self._context: tuple[object, ssl.SSLContext] | None = None
 
@@ -122,28 +122,33 @@ class AgentListener:
                 self._open[client] = time.monotonic() + seconds
 
     def _converse(self, client: socket.socket, address: str) -> None:
+        is_known = False
         try:
             client.settimeout(self.portal.settings.request_timeout)
-            try:
-                secure = self._tls().wrap_socket(client, server_side=True, do_handshake_on_connect=False)
-                with self._lock:
-                    self._open[secure] = self._open.pop(client)
-                client = secure
-                secure.do_handshake()
-            finally:
+            secure = self._tls().wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+            with self._lock:
+                self._open[secure] = self._open.pop(client)
+            client = secure
+            secure.do_handshake()
+            # Each device has a certificate of this CA, so that TLS alone does not tell agents from others.
+            with contextlib.suppress(PortalError):  # the first request is answered with it
+                self.portal.agents.shown(secure.getpeercert(binary_form=True) or b"")
                 self._known(address)
+                is_known = True
             _Conversation(secure, self)
         except OSError as error:  # of TLS, too
             log.debug("an agent's connection has ended", extra={"problem": str(error)})
         except Exception:
             log.exception("an agent's connection has failed")
         finally:
+            if not is_known:
+                self._known(address)
             with self._lock:
                 self._open.pop(client, None)
             client.close()
 
     def _known(self, address: str) -> None:
-        """Count a connection from an address no longer as one without a certificate."""
+        """Count a connection from an address no longer as one that is not an agent's."""
         with self._lock:
             self._unknown[address] -= 1
             if not self._unknown[address]:

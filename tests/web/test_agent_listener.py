@@ -318,6 +318,20 @@ def test_an_address_without_a_certificate_keeps_nobody_else_out(
     assert server.ask(agent.context, "GET", CHANGES)[0] == 200
 
 
+def test_the_certificate_of_a_device_gives_no_more_connections_than_none(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_listener, "MAX_UNKNOWN_OF_ADDRESS", 2)
+    agent = server.agent()
+    device = server.certified(agent, AgentCertificate.GOOD)  # named by a UUID, and of the same CA
+    with contextlib.ExitStack() as stack, server.connected(agent.context) as connection:
+        assert ask(connection, "GET", CHANGES)[0] == 200
+        for _ in range(2):
+            stack.enter_context(server.tls(Agent(device, b"")))  # it has shown its certificate, and asks for nothing
+        assert refused_by_tls(server, device)
+        assert ask(connection, "GET", CHANGES)[0] == 200
+
+
 def test_an_agent_has_a_few_requests_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_listener, "MAX_OF_AGENT", 1)
     agent, other = server.agent(), server.agent("other")
