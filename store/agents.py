@@ -109,6 +109,12 @@ def find_agent(tx: Connection, fingerprint: str) -> AgentRecord | None:
     return None if row is None else _record(row)
 
 
+def get_agent(tx: Connection, broker_id: int) -> AgentRecord | None:
+    """Return the agent of a broker, ``None`` if there is none any more."""
+    row = tx.execute(_BY_ID, {"broker_id": broker_id}).one_or_none()
+    return None if row is None else _record(row)
+
+
 def set_certificate(tx: Connection, broker_id: int, fingerprint: str) -> None:
     """Let this certificate be the only one that counts."""
     _update(tx, broker_id, certificate=fingerprint, next_certificate=None)

@@ -259,12 +259,15 @@ class BrokerAgents:
             with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
                 brokers.set_problem(tx, record.broker_id, report.problem, at=now)
             return
-        page = record.has_shown(report.generation, report.digest)
-        if page is None or not page.is_last:
-            log.error("an agent reports what it was not given", extra={"broker": record.name})
-            raise StateConflict("This page of changes was not given to this agent; ask for the changes again.")
         # If a power cut takes this record back, the same is reported again.
         with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+            brokers.take_turns(tx)
+            # Read anew: a restore may just have made it forget what it was given.
+            current = agents.get_agent(tx, record.broker_id)
+            page = None if current is None else current.has_shown(report.generation, report.digest)
+            if page is None or not page.is_last:
+                log.error("an agent reports what it was not given", extra={"broker": record.name})
+                raise StateConflict("This page of changes was not given to this agent; ask for the changes again.")
             note_applied(tx, record.broker_id, report.generation, at=now)
             brokers.set_problem(tx, record.broker_id, None, at=now)
         self._reconciler.heard_of_another()

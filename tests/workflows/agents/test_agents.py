@@ -304,6 +304,9 @@ def test_after_a_restore_nothing_is_known_of_what_agents_enforce_and_they_begin_
         assert generations.get_broker_state(tx).applied_generation == 0
     with pytest.raises(StateConflict):  # one that was on its way meanwhile
         portal.agent_feed.given(record, start, portal.agent_feed.page(record, start))
+    with pytest.raises(StateConflict):  # a report, too, by what was known of the agent before
+        portal.agents.report(record, Report(page.generation, page.digest, None))
+    assert state_of(portal).applied_generation == 0
     assert given_page(portal, certificate, page.mark).since == 0
 
 
