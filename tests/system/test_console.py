@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, StorageState, expect
@@ -17,7 +18,9 @@ from playwright.sync_api import Browser, Locator, Page, StorageState, expect
 from bench.fleet import add_fleet
 from tests.support.chromium import DESKTOP, PHONE, VIEWS, View, Watched, chromium, opened
 from tests.support.deployment import Deployment, Onboarded, wait_until
+from tests.support.harness import csr_pem
 from tests.support.pki import PEM, Authority
+from web.console.screens import PAGES
 
 pytestmark = pytest.mark.system
 DEVICES, MANY = 120, 10_000
@@ -60,10 +63,20 @@ SCREENS = (
     Screen("tenants", "/ui/access/tenants", "Access", ("filled",)),
     Screen("brokers", "/ui/access/brokers", "Access", ("filled",)),
     Screen("edit tenant", "/ui/access/tenants/empty/edit", "Edit empty", ("filled",)),
+    Screen("new tenant", "/ui/access/tenants/new", "New tenant", ("filled",)),
+    Screen("brokers", "/ui/access/brokers", "Access", ("filled",)),
+    Screen("manufacturer", "/ui/access/manufacturers/{maker}", "A maker", ("filled",)),
+    Screen("request", "/ui/waiting/{request}", "somebody-else", ("filled",)),
+    Screen("webhook", "/ui/record/webhooks/{webhook}", "alarm", ("filled",)),
     Screen("record", "/ui/record", "Record"),
     Screen("webhooks", "/ui/record/webhooks", "Record", ("empty",)),
     Screen("new webhook", "/ui/record/webhooks/new", "New webhook", ("empty",)),
 )
+# Pages that are not screens, or that other tests look at: what they lead to, files, parts of a page, and logins.
+NO_SCREENS = {
+    "/ui/access", "/ui/devices.csv", "/ui/record.csv", "/ui/devices/{device_id}/enforcement", "/ui/broker",
+    "/ui/login", "/ui/login/oidc", "/ui/login/oidc/callback", "/ui/{rest}",
+}  # fmt: skip
 CASES = [(screen, fill) for screen in SCREENS for fill in screen.fills]
 
 
@@ -95,7 +108,7 @@ def place(devices: int) -> Iterator[Place]:
         browser = stack.enter_context(chromium())
         ids = {
             "device": deployment.register(name=WIDE, location=WIDE, metadata={"note": WIDE})["device_id"],
-            "revoked": deployment.call("GET", "/devices?q=pump-0000001").json()["devices"][0]["device_id"],
+            "revoked": deployment.call("GET", "/devices?named=pump-0000001").json()["devices"][0]["device_id"],
         }
         ids |= ids_of_access(deployment)
         added = deployment.call("POST", "/tenants", {"name": "empty"})
@@ -116,7 +129,26 @@ def ids_of_access(deployment: Deployment) -> dict[str, str]:
         "maker": ("/manufacturers", "manufacturer_id", {"name": "A maker", "certificate": certificate}),
         "application": ("/applications", "application_id", {"name": "back end", "topics": topics}),
     }
-    return {name: deployment.call("POST", path, body).json()[key] for name, (path, key, body) in added.items()}
+    ids = {name: deployment.call("POST", path, body).json()[key] for name, (path, key, body) in added.items()}
+    return ids | {"request": request_that_waits(deployment), "webhook": webhook(deployment)}
+
+
+def request_that_waits(deployment: Deployment) -> str:
+    """The id of a device that asks for a certificate, and needs an operator's approval."""
+    token = deployment.call("POST", "/enrolment-tokens", {"name": "a press", "approval": "operator"}).json()["token"]
+    asked = deployment.call("POST", "/enroll", {"csr": csr_pem()}, auth=("device", token))
+    assert asked.status_code == 202, asked.text
+    found: str = deployment.call("GET", "/enrolments").json()["enrolments"][0]["device_id"]
+    return found
+
+
+def webhook(deployment: Deployment) -> str:
+    """The id of a webhook that is sent nothing."""
+    body = {"name": "alarm", "url": "https://alarm.example.com/in", "events": ["link_reused"]}
+    added = deployment.call("POST", "/webhooks", body)
+    assert added.status_code == 201, added.text
+    found: str = added.json()["webhook_id"]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +174,18 @@ def look(console: Place, screen: Screen, fill: str, view: View) -> None:
             expect(page.get_by_role("dialog")).to_be_visible()
             faults += watched.faults()
         assert not faults
+
+
+def test_each_page_of_the_console_is_a_screen_that_is_looked_at() -> None:
+    looked_at = {urlsplit(screen.path).path for screen in SCREENS}
+    patterns = {page.path for page in PAGES if page.method == "GET"}
+    exact = looked_at & patterns  # a page of its own before one whose path has a part to fill in
+    found = {
+        pattern
+        for pattern in patterns - exact
+        if any(re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", pattern), path) for path in looked_at - exact)
+    }
+    assert patterns - exact - found == NO_SCREENS
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,24 @@ from pathlib import Path
 from flask import Flask
 
 from tests.support.browser import Browser
+from tests.support.chromium import AXE
 from web.console import static_files
 
 ROOT = Path(__file__).parents[3]
 # The file dist/htmx.min.js of htmx.org 4.0.1, from npm.
 HTMX = "a0abb04f2f45a1f89d1d4844023245537e5e6014c87b144553e0607b4cc32130"
 
+# The file axe.min.js of axe-core 4.12.1, from npm.
+AXE_CORE = "66a8aaa95a8b044a7fd74a5435873bf04ff65a1ca75567c921b7509742085a14"
+
 
 def test_htmx_is_the_file_that_was_published() -> None:
     assert hashlib.sha256((static_files.FOLDER / "htmx.min.js").read_bytes()).hexdigest() == HTMX
+
+
+def test_what_judges_the_accessibility_of_pages_is_the_file_that_was_published() -> None:
+    """The package that brings it adds the end of its last line."""
+    assert hashlib.sha256(AXE.removesuffix("\n").encode()).hexdigest() == AXE_CORE
 
 
 def test_a_file_is_kept_for_good_under_the_path_that_names_its_content(shared_app: Flask) -> None:
