@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
-from core.states import IssuerKind
-from store.database import Database
-from store.presences import add_presences
-from store.tables import Certificate, Device, IssuerRow
+from core.states import IssuerKind, PresenceState
+from store.database import Base, Database
+from store.tables import Certificate, Device, IssuerRow, Presence
 from tests.support.brokers import enforce_all
 
 TENANT = "default"
@@ -35,15 +35,17 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
     now = datetime.now(UTC)
     with database.snapshot() as tx:
         issuer_id = tx.execute(sa.select(IssuerRow.id).where(IssuerRow.kind == IssuerKind.ISSUING)).scalars().first()
-    for start in range(0, devices, BATCH):
-        rows = [
-            _rows(chance, number, now, issuer_id, is_out=number < revoked, generation=int(per_device))
-            for number in range(start, min(start + BATCH, devices))
-        ]
-        with database.transaction() as tx:
-            tx.execute(sa.insert(Device), [device for device, _ in rows])
-            tx.execute(sa.insert(Certificate), [certificate for _, certificate in rows])
-            add_presences(tx, [(TENANT, device["id"], device["created_at"]) for device, _ in rows])
+    with database.transaction() as tx:
+        if database.is_sqlite:  # keys are random, so that each page is needed again: none is written before the end
+            tx.exec_driver_sql("PRAGMA cache_size = -2000000")
+        for start in range(0, devices, BATCH):
+            rows = [
+                _rows(chance, number, now, issuer_id, is_out=number < revoked, generation=int(per_device))
+                for number in range(start, min(start + BATCH, devices))
+            ]
+            _insert(tx, Device, [device for device, _ in rows])
+            _insert(tx, Certificate, [certificate for _, certificate in rows])
+            _insert(tx, Presence, [_presence_of(device) for device, _ in rows])
     with database.transaction() as tx:
         # As long ago as the revocations are: the broker has obeyed them.
         enforce_all(tx)
@@ -54,6 +56,27 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
             driver: Any = connection.driver_connection  # outside a transaction
             driver.execute("VACUUM ANALYZE devices, certificates, presences")
     database.close()
+
+
+def _insert(tx: Connection, of: type[Base], rows: list[dict[str, Any]]) -> None:
+    """Insert rows that have the same columns, on PostgreSQL by COPY, which takes a third of the time."""
+    if tx.dialect.name == "sqlite":
+        tx.execute(sa.insert(of), rows)
+        return
+    table: Any = of.__table__
+    columns = [table.c[name] for name in rows[0]]
+    kinds = [column.type.dialect_impl(tx.dialect).bind_processor(tx.dialect) for column in columns]
+    names = ", ".join(f'"{column.name}"' for column in columns)
+    driver: Any = tx.connection.driver_connection
+    with driver.cursor() as cursor, cursor.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
+        for row in rows:
+            values = [row[name] for name in rows[0]]
+            copy.write_row([kind(value) if kind else value for kind, value in zip(kinds, values, strict=True)])
+
+
+def _presence_of(device: dict[str, Any]) -> dict[str, Any]:
+    since = device["created_at"]
+    return {"tenant_id": TENANT, "identity": device["id"], "state": int(PresenceState.NEVER_SEEN), "since": since}
 
 
 def _rows(

@@ -14,12 +14,12 @@ from typing import Self
 class Cluster:
     """A PostgreSQL server in a temporary folder, reached by a unix socket only."""
 
-    def __init__(self, *settings: str) -> None:
-        """``settings`` are the server's own, such as ``synchronous_commit=off``."""
+    def __init__(self, *settings: str, parent: Path = Path("/tmp")) -> None:
+        """``settings`` are the server's own, such as ``synchronous_commit=off``; its folder is made in ``parent``."""
         self.settings = settings
         programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
         self.programs = programs[-1] if programs else Path(shutil.which("initdb") or "").parent
-        self.folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="pg-"))
+        self.folder = Path(tempfile.mkdtemp(dir=parent, prefix="pg-"))
         self.url = f"postgresql://portal@/postgres?host={self.folder}"
 
     def __enter__(self) -> Self:
