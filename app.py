@@ -7,6 +7,7 @@ import gc
 gc.disable()  # until all is imported, which stays: to look through it for garbage takes a sixth of the start
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -53,7 +54,7 @@ from web.api import (
 )
 from web.api.routing import Call, Route
 from web.console import screens
-from web.console.serving import error_page, is_of_console, register
+from web.console.serving import add_pages, error_page, is_of_console, register
 from web.serving import check_addresses, serve
 
 gc.freeze()
@@ -107,18 +108,35 @@ def create_app(
     app.config["PORTAL_SETTINGS"] = settings
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.extensions["portal"] = _LazyPortal(settings, background=background, clock=clock)
+    with_console = settings.console == "on"
+    routes = _routes(with_console=with_console)
+    app.url_map = routes.url_map
+    app.view_functions |= routes.view_functions
+    if with_console:
+        register(app, screens.PAGES)
+    app.before_request(_begin)
+    app.after_request(_end)
+    app.register_error_handler(Exception, _failed)
+    logs.hide_links()
+    return app
+
+
+@functools.cache
+def _routes(*, with_console: bool) -> Flask:
+    """Return an application with the routes alone, which all applications of a process share.
+
+    To compile their rules takes as long as to import Flask, and the start makes three applications.
+    """
+    app = Flask("routes", static_folder=None)
     app.url_map.converters.update(routing.CONVERTERS)
     app.url_map.merge_slashes = False  # no redirects for paths that are almost right
     for route in ROUTES:
         view = _view(route)
         for path in map(routing.rule_of, route.paths):
             app.add_url_rule(path, route.name, view, methods=[route.method], provide_automatic_options=False)
-    if settings.console == "on":
-        register(app, screens.PAGES, portal_of)
-    app.before_request(_begin)
-    app.after_request(_end)
-    app.register_error_handler(Exception, _failed)
-    logs.hide_links()
+    if with_console:
+        add_pages(app, screens.PAGES, portal_of)
+    app.url_map.update()  # sorts the rules, once for all
     return app
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from app import create_app
 from tests.support.harness import first_start, settings_for
 
 PROJECT = Path(__file__).parents[2]
@@ -50,6 +51,16 @@ def test_what_few_portals_use_is_not_imported(started: dict[str, list[str]]) -> 
     assert {"flask", "gunicorn", "sqlalchemy"} <= packages
     assert not SELDOM & packages
     assert len(started["modules"]) <= MAX_MODULES
+
+
+def test_the_three_applications_of_a_start_compile_their_rules_once(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path / "data")
+    apps = [create_app(settings, background=background) for background in (True, False)]
+    without_console = create_app(settings_for(tmp_path / "data", PORTAL_CONSOLE="off"))
+    assert apps[0].url_map is apps[1].url_map
+    paths = {rule.rule for rule in apps[0].url_map.iter_rules()}
+    assert paths - {rule.rule for rule in without_console.url_map.iter_rules()} >= {"/", "/ui/"}
+    assert apps[0].extensions["portal"] is not apps[1].extensions["portal"]
 
 
 def test_the_model_of_a_request_gets_its_schema_when_it_is_used(started: dict[str, bool]) -> None:

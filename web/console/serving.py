@@ -64,9 +64,8 @@ _HTML = "text/html; charset=utf-8"
 PortalOf = Callable[[Flask], "Portal"]
 
 
-def register(app: Flask, pages: list[Page], portal_of: PortalOf) -> None:
-    """Add the pages to an application, with their static files, and ``/``, which leads to the console."""
-    app.jinja_env.filters.update(FILTERS)
+def add_pages(app: Flask, pages: list[Page], portal_of: PortalOf) -> None:
+    """Add the routes of the pages, with their static files, and ``/``, which leads to the console."""
     for page in pages:
         rule, view = routing.rule_of(page.path), _view(page, portal_of)
         app.add_url_rule(rule, page.name, view, methods=[page.method], provide_automatic_options=False)
@@ -75,6 +74,11 @@ def register(app: Flask, pages: list[Page], portal_of: PortalOf) -> None:
     for rule, view in others.items():
         options: dict[str, Any] = {"methods": ["GET"], "provide_automatic_options": False, "strict_slashes": False}
         app.add_url_rule(rule, f"console{view.__name__}", view, **options)
+
+
+def register(app: Flask, pages: list[Page]) -> None:
+    """Have an application that shares the routes of the pages serve them."""
+    app.jinja_env.filters.update(FILTERS)
     app.extensions["console"] = frozenset(page.path for page in pages)
 
 
