@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import psycopg
 import sqlalchemy as sa
 
 from core.errors import PortalError
@@ -24,7 +23,6 @@ TOLD: sa.ColumnElement[str] = sa.literal_column(
     f"CASE WHEN EXISTS (SELECT FROM brokers OFFSET 1) THEN CAST(pg_notify('{CHANNEL}', '') AS text) END"
 )
 _HURRY = sa.text(f"SELECT pg_notify('{CHANNEL}', '{WAITS}')")
-_LOST = (psycopg.Error, sa.exc.DBAPIError, sa.exc.TimeoutError, PortalError, OSError)
 
 
 def hurry(database: Database) -> None:
@@ -40,10 +38,12 @@ def listen(database: Database, heard: Callable[[bool], None], stopping: threadin
 
     Runs until ``stopping`` is set, over losses of the connection. PostgreSQL only.
     """
+    import psycopg  # takes a while to load, and every start imports this module
+
     while not stopping.is_set():
         try:
             _listen(database, heard, stopping)
-        except _LOST as error:
+        except (psycopg.Error, sa.exc.DBAPIError, sa.exc.TimeoutError, PortalError, OSError) as error:
             log.warning("other nodes are not heard", extra={"problem": str(error).partition("\n")[0]})
             stopping.wait(POLL_SECONDS)
 
