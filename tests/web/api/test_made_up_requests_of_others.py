@@ -25,7 +25,7 @@ PERMISSIONS: dict[str, Permission] = {
     for route in ROUTES
     if route.permission is not None
     and "{" in route.path
-    and not route.path.startswith("/tenants")
+    and not route.path.startswith(("/tenants", "/brokers"))
     and (route.method, route.path) != ("PATCH", "/applications/{application_id}")  # without the guard none is changed
 }
 CONFIG: dict[str, Any] = {

@@ -111,6 +111,7 @@ def things(app: Flask, tenant: str = "default") -> There:
         "label": tenant,
         "tenant": tenant,
         "log": "0" * 16,
+        "broker": "main",
         "profile": "a-profile" if tenant == "default" else f"a-profile-of-{tenant}",
     }
     parts["group"] = "a-group" if tenant == "default" else f"a-group-of-{tenant}"
@@ -143,7 +144,9 @@ def fit(case: schemathesis.Case[Any], there: There) -> None:
     name_it(case)
     case.query.pop("cursor", None)
     if "confirm" in case.query:  # a name that has to be repeated
-        case.query["confirm"] = case.path_parameters["tenant"]
+        case.query["confirm"] = next(
+            case.path_parameters[part] for part in ("tenant", "broker") if part in case.path_parameters
+        )
     if case.path.startswith(IN_PLAIN_TEXT) and case.method == "POST":
         case.body = there.csr.encode()
     if case.media_type == "text/csv":
