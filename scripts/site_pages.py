@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("*.md", "docs/**/*.md", "deploy/*.md", "mosquitto/**/*.md", "bench/*.md")
+PAGES = ("*.md", "docs/**/*.md", "deploy/*.md", "mosquitto/**/*.md", "rabbitmq/*.md", "bench/*.md")
 
 
 def documents() -> list[Path]:

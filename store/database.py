@@ -215,11 +215,12 @@ class Database:
         engine = create_engine(owner_url, 1) if owner_url else self.engine
         try:
             with _translated():
-                with self.engine.connect() as connection:
+                with engine.connect() as connection:  # this one's role may not have the right to read it yet
                     found = schema.revision(connection)
                     if not owner_url and found == schema.newest_revision():
                         return
                     self._check_alone(connection, found)
+                with self.engine.connect() as connection:
                     role = "" if self.is_sqlite else connection.exec_driver_sql("SELECT current_user").scalar_one()
                 _migrate(engine, role)
         except sa.exc.ProgrammingError as error:

@@ -121,10 +121,13 @@ class FolderClaim:
         a folder which is no node would be said to refuse devices that it lets in.
         """
         number = folder_number(self._folder)
-        connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", (FOLDERS, number))
-        if not self._is_allowed(connection, number):
-            connection.close()
-            raise DatabaseInUse(NO_NODE.format(self._folder, server_command("join")))
+        try:
+            connection.execute("SELECT pg_advisory_lock_shared(%s, %s)", (FOLDERS, number))
+            if not self._is_allowed(connection, number):
+                raise DatabaseInUse(NO_NODE.format(self._folder, server_command("join")))
+        except BaseException:
+            connection.close()  # SQLAlchemy does not, where a listener fails
+            raise
 
     def _is_allowed(self, connection: PatientConnection, number: int) -> bool:
         any_node, its_own = _nodes(connection, number)
@@ -133,8 +136,10 @@ class FolderClaim:
 
 def _nodes(connection: psycopg.Connection[Any], number: int) -> tuple[bool, bool]:
     """Return whether there is any node, and whether one has the folder of that number."""
-    (there_is_a_table,) = connection.execute("SELECT to_regclass('nodes') IS NOT NULL").fetchone() or (False,)
-    if not there_is_a_table:
+    # There may be no such table yet, or not for this role: the owner of the tables lets it use them when it migrates.
+    may_read = "SELECT coalesce(has_table_privilege(to_regclass('nodes'), 'SELECT'), false)"
+    (is_readable,) = connection.execute(may_read).fetchone() or (False,)
+    if not is_readable:
         return False, False
     query = "SELECT count(*) > 0, coalesce(bool_or(folder = %s), false) FROM nodes"
     return connection.execute(query, (number,)).fetchone() or (False, False)

@@ -23,6 +23,7 @@ HOME = "/opt/onboarding-portal"  # where the README's session was recorded
 # waits for its certificate, or whose HTTPS has a certificate of another issuer.
 OF_SOME = {
     ".folder-id",
+    "secrets/installation-key",
     "rates",
     "secrets/audit-keys/",
     "audit-checkpoints/",

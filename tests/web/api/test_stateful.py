@@ -25,7 +25,7 @@ from app import ROUTES, portal_of
 from core.roles import Role
 from core.states import DeviceStatus
 from tests.support.harness import ALL, ON_SQLITE, Api, api_as
-from tests.web.api.test_schemathesis import CONFIG, Application, fit, things
+from tests.web.api.test_schemathesis import CONFIG, Application, fit, name_it, things
 from web.api.openapi import openapi
 
 RUNS = int(os.environ.get("STATEFUL_RUNS", "60" if ALL else "15"))
@@ -94,6 +94,7 @@ class Calls(schema.as_state_machine()):  # type: ignore[misc]  # made at run tim
                 case.body["external_id"] = secrets.token_hex(8)  # of one device only
             if next(self.calls) % 2 and "token" not in followed:
                 case.path_parameters.update(followed)
+                name_it(case)
 
     def after_call(self, response: schemathesis.Response, case: schemathesis.Case[Any]) -> None:
         """Count the call, and remember the newest things."""
