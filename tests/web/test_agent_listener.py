@@ -32,7 +32,7 @@ from tests.support.pki import PEM, Authority
 from tests.support.ports import free_port
 from tests.workflows.agents.test_agents import der
 from tests.workflows.test_admission import OPERATOR, request_of
-from web import agent_listener
+from web import agent_listener, mutual_tls
 from web.agent_listener import AgentListener
 from workflows.agents.agents import AgentCertificate
 
@@ -292,7 +292,7 @@ def test_a_request_that_arrives_byte_by_byte_is_ended(server: Server, monkeypatc
 
 def test_more_connections_than_there_may_be_are_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = server.agent()
-    monkeypatch.setattr(agent_listener, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(mutual_tls, "MAX_CONNECTIONS", 1)
     with server.connected(agent.context) as connection:
         assert ask(connection, "GET", CHANGES)[0] == 200
         with socket.create_connection(server.address, 30) as further:
@@ -303,7 +303,7 @@ def test_more_connections_than_there_may_be_are_closed(server: Server, monkeypat
 def test_an_address_without_a_certificate_keeps_nobody_else_out(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_listener, "MAX_UNKNOWN_OF_ADDRESS", 2)
+    monkeypatch.setattr(mutual_tls, "MAX_UNKNOWN_OF_ADDRESS", 2)
     agent = server.agent()
     with contextlib.ExitStack() as stack, server.connected(agent.context) as connection:
         assert ask(connection, "GET", CHANGES)[0] == 200
@@ -321,7 +321,7 @@ def test_an_address_without_a_certificate_keeps_nobody_else_out(
 def test_the_certificate_of_a_device_gives_no_more_connections_than_none(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_listener, "MAX_UNKNOWN_OF_ADDRESS", 2)
+    monkeypatch.setattr(mutual_tls, "MAX_UNKNOWN_OF_ADDRESS", 2)
     agent = server.agent()
     device = server.certified(agent, AgentCertificate.GOOD)  # named by a UUID, and of the same CA
     with contextlib.ExitStack() as stack, server.connected(agent.context) as connection:

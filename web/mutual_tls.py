@@ -1,0 +1,260 @@
+"""A listener of its own for clients that show certificates: mutual TLS, and a thread for each connection.
+
+It runs in one worker process of a node, so that its connections take no thread of those that answer requests. Who has
+not shown a certificate that counts has few connections at a time, each address fewer, and they are ended soon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import socket
+import ssl
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, ClassVar
+
+from config import Settings
+from core.errors import BodyTooLarge, PortalError, RequestMalformed
+from core.files import FileLock
+from core.setting_values import Address
+from web.listeners import CIPHERS, listen
+from web.slow_clients import network_of
+
+log = logging.getLogger("portal.serving")
+
+MAX_CONNECTIONS = 1000
+MAX_UNKNOWN, MAX_UNKNOWN_OF_ADDRESS = 256, 16  # connections that have not shown a certificate that counts
+BLOCK = 64 << 10
+AGAIN_SECONDS = 2.0
+
+
+def run_in_one_process(lock: Path, serve: Callable[[threading.Event], None], stopping: threading.Event) -> None:
+    """Call ``serve`` until ``stopping`` is set, in one process among all that use the lock; the body of a thread."""
+    while not stopping.is_set():
+        try:
+            with FileLock(lock).try_hold() as mine:
+                if mine:
+                    serve(stopping)
+        except (PortalError, OSError) as error:
+            log.error("a listener cannot serve", extra={"lock": lock.name, "problem": str(error)})
+        stopping.wait(AGAIN_SECONDS)
+
+
+class MutualTlsListener(ABC):
+    """Accepts connections, and ends those that take too long.
+
+    Its certificate and key are the files ``name``.pem and ``name``.key of ``PORTAL_DATA_DIR/tls``.
+    """
+
+    name: ClassVar[str]
+    variable: ClassVar[str]  # the setting of its address
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.listening, self.stopping = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, float] = {}  # until when each may take
+        self._unknown: Counter[str] = Counter()  # connections without a certificate that counts, by address
+        self._context: tuple[object, ssl.SSLContext] | None = None
+
+    @property
+    @abstractmethod
+    def address(self) -> Address | None:
+        """Where it listens; nowhere if ``None``."""
+
+    @property
+    @abstractmethod
+    def client_cas(self) -> str:
+        """The CAs that clients' certificates are verified by, PEM."""
+
+    @abstractmethod
+    def check(self, certificate: bytes) -> None:
+        """Raise a ``PortalError`` if a client's certificate (DER), which TLS has verified, does not count here."""
+
+    @abstractmethod
+    def converse(self, client: ssl.SSLSocket) -> None:
+        """Answer the requests of a connection until it ends, also those of a client whose certificate does not count.
+
+        So a client learns in a sentence that its certificate does not.
+        """
+
+    def serve(self, stopping: threading.Event) -> None:
+        """Serve until ``stopping`` is set; raise ``StartupError`` if the address cannot be bound."""
+        address = self.address
+        if address is None:
+            return
+        [listener] = listen(address, self.variable, self.settings.request_timeout, 1)
+        log.info("serving", extra={"listener": self.name, "address": str(address)})
+        with listener:
+            listener.settimeout(0.5)
+            self.listening.set()
+            while not stopping.is_set():
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    self._accept(listener.accept()[0])
+                self._end_late()
+        self.stopping.set()
+        with self._lock:
+            for client in self._open:
+                _end(client)
+
+    def _accept(self, client: socket.socket) -> None:
+        address = network_of(client)
+        with self._lock:
+            of_address, unknown = self._unknown[address], self._unknown.total()
+            if len(self._open) >= MAX_CONNECTIONS or unknown >= MAX_UNKNOWN or of_address >= MAX_UNKNOWN_OF_ADDRESS:
+                client.close()
+                return
+            self._open[client] = time.monotonic() + self.settings.request_timeout
+            self._unknown[address] += 1
+        threading.Thread(target=self._take, args=(client, address), name=self.name, daemon=True).start()
+
+    def _end_late(self) -> None:
+        """End the connections whose time is over: their threads notice."""
+        now = time.monotonic()
+        with self._lock:
+            for client in [client for client, until in self._open.items() if until < now]:
+                _end(client)
+
+    def extend(self, client: socket.socket, seconds: float) -> None:
+        """Give a connection time."""
+        with self._lock:
+            if client in self._open:
+                self._open[client] = time.monotonic() + seconds
+
+    def _take(self, client: socket.socket, address: str) -> None:
+        is_known = False
+        try:
+            client.settimeout(self.settings.request_timeout)
+            secure = self._tls().wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+            with self._lock:
+                self._open[secure] = self._open.pop(client)
+            client = secure
+            secure.do_handshake()
+            # Each device has a certificate of this CA, so that TLS alone does not tell clients from others.
+            with contextlib.suppress(PortalError):  # the first request is answered with it
+                self.check(secure.getpeercert(binary_form=True) or b"")
+                self._known(address)
+                is_known = True
+            self.converse(secure)
+        except OSError as error:  # of TLS, too
+            log.debug("a connection has ended", extra={"listener": self.name, "problem": str(error)})
+        except Exception:
+            log.exception("a connection has failed", extra={"listener": self.name})
+        finally:
+            if not is_known:
+                self._known(address)
+            with self._lock:
+                self._open.pop(client, None)
+            client.close()
+
+    def _known(self, address: str) -> None:
+        """Count a connection from an address no longer as one without a certificate that counts."""
+        with self._lock:
+            self._unknown[address] -= 1
+            if not self._unknown[address]:
+                del self._unknown[address]
+
+    def _tls(self) -> ssl.SSLContext:
+        """Return the TLS context, made anew if a certificate of the portal's has changed."""
+        folder, cas = self.settings.tls_dir, self.client_cas
+        certificate, key = folder / f"{self.name}.pem", folder / f"{self.name}.key"
+        seen = (cas, certificate.stat().st_mtime_ns, key.stat().st_mtime_ns)
+        with self._lock:
+            if self._context is None or self._context[0] != seen:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context.set_ciphers(CIPHERS)
+                context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+                context.num_tickets = 0  # each connection shows its certificate
+                context.verify_mode = ssl.CERT_REQUIRED
+                context.load_verify_locations(cadata=cas)
+                context.load_cert_chain(certificate, key)
+                self._context = (seen, context)
+            return self._context[1]
+
+
+def _end(client: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        client.shutdown(socket.SHUT_RDWR)
+
+
+class Conversation(BaseHTTPRequestHandler):
+    """Answers the requests of one connection, with limits on what a request has."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "portal", ""
+    max_body: ClassVar[int]
+
+    def __init__(self, client: ssl.SSLSocket, listener: MutualTlsListener) -> None:
+        self._client = client
+        self._of = listener
+        super().__init__(client, client.getpeername(), None)  # type: ignore[arg-type]
+
+    def setup(self) -> None:
+        """Give the client time for its first request."""
+        super().setup()
+        self.extend(self._of.settings.request_timeout)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
+        """Log nothing: what counts is logged where it is decided."""
+
+    def do_GET(self) -> None:
+        """Answer a request."""
+        self.answer()
+
+    def do_POST(self) -> None:
+        """Answer a request with a body."""
+        self.answer()
+
+    def answer(self) -> None:
+        """Answer the request that was read, of which the body was not."""
+        raise NotImplementedError
+
+    def extend(self, seconds: float) -> None:
+        """Give the connection time; end it after this request if the portal is being stopped."""
+        self._of.extend(self._client, seconds)
+        if self._of.stopping.is_set():
+            self.close_connection = True
+
+    @property
+    def certificate(self) -> bytes:
+        """The certificate that the client has shown, DER."""
+        return self._client.getpeercert(binary_form=True) or b""
+
+    def read_body(self) -> bytes:
+        """Return the body; raise ``RequestMalformed`` or ``BodyTooLarge``, after which the connection must end."""
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        if "Transfer-Encoding" in self.headers or len(lengths) > 1 or not re.fullmatch("[0-9]{1,9}", lengths[0]):
+            raise RequestMalformed("A request at this address states the length of its body, once.")
+        length = int(lengths[0])
+        if length > self.max_body:
+            raise BodyTooLarge(f"A request at this address has at most {self.max_body} bytes.")
+        body = self.rfile.read(length)
+        if len(body) != length:
+            raise ConnectionResetError("the body was cut")
+        return body
+
+    def send(self, status: int, content: bytes, media_type: str, **headers: str) -> None:
+        """Send an answer."""
+        self.send_response(status)
+        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.write(content)
+
+    def write(self, content: bytes) -> None:
+        """Send bytes in blocks, each of which may take until the time-out of the connection."""
+        view = memoryview(content)
+        for start in range(0, len(content), BLOCK):
+            self.wfile.write(view[start : start + BLOCK])
