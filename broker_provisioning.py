@@ -30,7 +30,7 @@ from broker.session import (
 )
 from config import Settings
 from core.broker_control import ControlKind
-from core.errors import BrokerUnavailable
+from core.errors import BrokerUnavailable, SettingInvalid
 from core.failpoints import failpoint
 from core.files import replace_file
 from core.states import ClientKind
@@ -77,6 +77,8 @@ class BrokerProvisioning:
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime] = _now) -> None:
+        if settings.broker_control is ControlKind.RABBITMQ:
+            raise SettingInvalid("PORTAL_BROKER_CONTROL=rabbitmq cannot be used yet: choose guard or files.")
         guarded = settings.broker_control is ControlKind.GUARD
         self.control: BrokerControl = GuardControl(settings, clock) if guarded else FilesControl(settings, clock)
         self._settings = settings

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from core.broker_control import AclStyle, ControlKind, default_control, installed_style
 from core.errors import SettingInvalid
 from core.given_settings import gathered, sentences, variable_of
+from core.rabbitmq_nodes import RabbitmqNode, parse_rabbitmq_nodes
 from core.setting_values import (
     UNIX_SOCKET_PATH_LIMIT,
     Address,
@@ -93,8 +94,8 @@ def _base_url(scheme: str, bind: str, address: Address, variable: str) -> str:
     return f"{scheme}://{address}"
 
 
-def _agents_url(address: Address | None) -> str:
-    return "" if address is None else _base_url("https", "agents_bind", address, "PORTAL_AGENTS_URL")
+def _inner_url(address: Address | None, of: str) -> str:
+    return "" if address is None else _base_url("https", f"{of}_bind", address, f"PORTAL_{of.upper()}_URL")
 
 
 class Settings(BaseSettings):
@@ -129,7 +130,7 @@ class Settings(BaseSettings):
         "", "Listener for agents beside brokers elsewhere (mutual TLS), HOST:PORT; none if empty"
     )
     agents_url: OptionalUrl = derived(
-        lambda data: _agents_url(data["agents_bind"]),
+        lambda data: _inner_url(data["agents_bind"], "agents"),
         "What agents connect to; https:// and PORTAL_AGENTS_BIND if empty",
     )
     database_url: Annotated[str, PlainValidator(parse_database_url)] = derived(
@@ -251,12 +252,12 @@ class Settings(BaseSettings):
     )
     broker_control: Annotated[ControlKind, choice(ControlKind, ControlKind)] = derived(
         lambda data: default_control(data["broker_dir"]),
-        "guard (a plugin in the broker) or files (an ACL that it reads at its start); if empty guard where the plugin"
-        " is installed, else as the broker folder says",
+        "guard (a plugin in the broker), files (an ACL that it reads at its start) or rabbitmq (a cluster of RabbitMQ);"
+        " if empty guard where the plugin is installed, else as the broker folder says",
     )
     mqtt_tls: Annotated[str, choice(("1.2", "1.3"))] = derived(
-        lambda data: "1.2" if data["broker_control"] is ControlKind.GUARD else "1.3",
-        "Oldest TLS version that the broker accepts, 1.2 or 1.3; 1.3 under files if empty, 1.2 under the guard",
+        lambda data: "1.2" if data["broker_control"].by_journal else "1.3",
+        "Oldest TLS version that the broker accepts, 1.2 or 1.3; if empty 1.3 under files, else 1.2",
     )
     broker_socket: PathSetting = derived(
         lambda data: data["broker_dir"] / "portal.sock",
@@ -277,6 +278,22 @@ class Settings(BaseSettings):
     enforce_timeout: Annotated[float, seconds(0.1, 120)] = setting("5", "Seconds a request waits for the broker")
     agent_deny_all_after: Annotated[float, seconds(0, 31536000)] = setting(
         "0", "Seconds without the portal after which an agent's broker denies every device; 0: never"
+    )
+
+    rabbitmq_nodes: Annotated[tuple[RabbitmqNode, ...], PlainValidator(parse_rabbitmq_nodes)] = setting(
+        "", "Nodes of RabbitMQ, as JSON: a list of objects with name, mqtt, management and folder"
+    )
+    rabbitmq_user: Text = setting("portal", "The portal's user at RabbitMQ's management API")
+    rabbitmq_password_file: OptionalPath = setting("", "File with that user's password, which no others may read")
+    rabbitmq_cache_seconds: Annotated[float, seconds(0, 2)] = setting(
+        "1", "Seconds for which RabbitMQ believes what it was answered, its auth_cache.cache_ttl"
+    )
+    rabbitmq_bind: Annotated[Address | None, PlainValidator(parse_optional_address)] = setting(
+        "", "Listener for RabbitMQ's questions about its clients (mutual TLS), HOST:PORT"
+    )
+    rabbitmq_url: OptionalUrl = derived(
+        lambda data: _inner_url(data["rabbitmq_bind"], "rabbitmq"),
+        "What RabbitMQ connects to for them; https:// and PORTAL_RABBITMQ_BIND if empty",
     )
 
     link_hours: Annotated[int, count(1, 8760)] = setting("24", "Life of a download link, in hours")
@@ -418,14 +435,36 @@ class Settings(BaseSettings):
         if not self.oidc_issuer and (self.oidc_client_id or self.oidc_groups):
             said = "PORTAL_OIDC_CLIENT_ID and PORTAL_OIDC_GROUPS need PORTAL_OIDC_ISSUER."
             raise SettingInvalid(said, "oidc_issuer", "oidc_client_id", "oidc_groups")
-        if self.bind == self.pki_bind:
-            raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.", "bind", "pki_bind")
-        if self.agents_bind is not None and self.agents_bind in (self.bind, self.pki_bind):
-            said = "PORTAL_AGENTS_BIND must be another address than PORTAL_BIND and PORTAL_PKI_BIND."
-            raise SettingInvalid(said, "agents_bind", "bind", "pki_bind")
         if self.issuing_days >= self.root_days:
             said = "PORTAL_ISSUING_DAYS must be less than PORTAL_ROOT_DAYS."
             raise SettingInvalid(said, "issuing_days", "root_days")
+        return self
+
+    @model_validator(mode="after")
+    def _check_listeners(self) -> Self:
+        if self.bind == self.pki_bind:
+            raise SettingInvalid("PORTAL_BIND and PORTAL_PKI_BIND must differ.", "bind", "pki_bind")
+        before = ["bind", "pki_bind"]
+        for name in ("agents_bind", "rabbitmq_bind"):
+            address = getattr(self, name)
+            if address is not None and address in [getattr(self, other) for other in before]:
+                *some, last = map(variable_of, before)
+                said = f"{variable_of(name)} must be another address than {', '.join(some)} and {last}."
+                raise SettingInvalid(said, name, *before)
+            before.append(name)
+        return self
+
+    @model_validator(mode="after")
+    def _check_rabbitmq(self) -> Self:
+        needed = "rabbitmq_nodes", "rabbitmq_password_file", "rabbitmq_bind"
+        missing = [name for name in needed if not getattr(self, name)]
+        if self.broker_control is ControlKind.RABBITMQ and missing:
+            said = f"PORTAL_BROKER_CONTROL=rabbitmq needs {' and '.join(map(variable_of, missing))}."
+            raise SettingInvalid(said, "broker_control", *missing)
+        if self.broker_control is not ControlKind.RABBITMQ and len(missing) < len(needed):
+            given = [name for name in needed if name not in missing]
+            said = f"{variable_of(given[0])} needs PORTAL_BROKER_CONTROL=rabbitmq."
+            raise SettingInvalid(said, "broker_control", *given)
         return self
 
     @property
@@ -462,8 +501,8 @@ class Settings(BaseSettings):
 
     @cached_property
     def granting_style(self) -> AclStyle:
-        """How devices are granted topics: the guard is told of each device, as an ACL in style per-device is."""
-        return AclStyle.PER_DEVICE if self.broker_control is ControlKind.GUARD else self.acl_style
+        """How devices are granted topics: a journal tells of each device, as an ACL in style per-device does."""
+        return AclStyle.PER_DEVICE if self.broker_control.by_journal else self.acl_style
 
     @cached_property
     def secrets_dir(self) -> Path:

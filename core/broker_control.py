@@ -20,16 +20,25 @@ class AclStyle(StrEnum):
 
 
 class ControlKind(StrEnum):
-    """What makes the broker enforce the portal's decisions: a plugin in it, or files that it reads."""
+    """What makes the broker enforce the portal's decisions: a plugin in it, files that it reads, or answers to it."""
 
     GUARD = "guard"
     FILES = "files"
+    RABBITMQ = "rabbitmq"
+
+    @property
+    def by_journal(self) -> bool:
+        """Whether each client may do what the journal says of it, which holds applications and tenants to theirs, too.
+
+        Otherwise an ACL says that, and cannot.
+        """
+        return self is not ControlKind.FILES
 
 
 # The second line of the portal's comment at the beginning of the ACL.
 STYLE_LINE = re.compile(rb"^# style ([a-z-]{1,20})$", re.MULTILINE)
 _STATED_IN = {ACL_FILE: STYLE_LINE, RECORD_FILE: re.compile(rb'"style": "([a-z-]{1,20})"')}
-_GUARD = re.compile(rb'"control": "guard"')
+_CONTROL = re.compile(rb'"control": "(guard|rabbitmq)"')
 _MAX_BYTES = 4096  # both files state it near their beginning
 
 
@@ -63,6 +72,7 @@ def default_control(broker_dir: Path, plugins: Iterable[Path] = PLUGINS) -> Cont
         return ControlKind.GUARD
     try:
         with (broker_dir / RECORD_FILE).open("rb") as file:
-            return ControlKind.GUARD if _GUARD.search(file.read(_MAX_BYTES)) else ControlKind.FILES
+            stated = _CONTROL.search(file.read(_MAX_BYTES))
+            return ControlKind.FILES if stated is None else ControlKind(stated[1].decode())
     except OSError:
         return ControlKind.GUARD if (broker_dir / JOURNAL_FILE).exists() else ControlKind.FILES

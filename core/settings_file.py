@@ -88,7 +88,7 @@ def _lines(text: str) -> dict[str, int]:
 def text_of(value: object, *, separator: str = "", as_json: bool = False) -> str:
     """Return a value of a file as the environment would have it; a list is joined by the setting's ``separator``.
 
-    With ``as_json`` a table becomes JSON.
+    With ``as_json`` a table, or a list of them, becomes JSON.
 
     Raises ``ValueError`` with the end of a sentence that begins with the name of the setting.
     """
@@ -103,7 +103,7 @@ def text_of(value: object, *, separator: str = "", as_json: bool = False) -> str
         return text
     if isinstance(value, list) and separator:
         return separator.join(_element(each, separator) for each in value)
-    if isinstance(value, dict) and as_json:
+    if isinstance(value, dict | list) and as_json:
         try:
             return json.dumps(value)
         except TypeError:  # a date

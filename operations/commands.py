@@ -22,6 +22,7 @@ from flask import Flask
 
 from config import LogFormat, Settings
 from core import logs, metrics
+from core.broker_control import ControlKind
 from core.errors import StartupError
 from core.files import own_until_exit, replace_file
 from core.given_settings import CONFIG_VARIABLE, config_file, variable_of
@@ -234,10 +235,11 @@ def _given_settings(settings: Settings) -> dict[str, str]:
         "ca_passphrase",
         "database_url",
         "database_owner_url",
-        "broker_control",
         "broker_restart",
         "broker_reload",
     }
+    if settings.broker_control is not ControlKind.RABBITMQ:
+        left_out.add("broker_control")
     given = {variable_of(name) for name in settings.model_fields_set - left_out}
     values = {name: os.environ[name] for name in sorted(given) if name in os.environ}
     return values | ({CONFIG_VARIABLE: str(file)} if (file := config_file(os.environ)) else {})

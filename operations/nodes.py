@@ -14,7 +14,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from sqlalchemy.engine import Connection
 
 from config import Settings
-from core.broker_control import ControlKind
 from core.errors import StartupError, StateConflict
 from core.files import FileLock, folder_number, replace_file
 from core.server_command import server_command
@@ -129,7 +128,7 @@ def enter(settings: Settings, database: Database) -> NodeRecord | None:
 def _check_control(settings: Settings) -> None:
     """Raise ``StartupError`` unless the guard proves what the broker enforces: files do so by a certificate that one
     node alone has on the newest CRL."""
-    if settings.broker_control is not ControlKind.GUARD:
+    if not settings.broker_control.by_journal:
         raise StartupError("Several nodes need the guard in their brokers: set PORTAL_BROKER_CONTROL=guard.")
 
 

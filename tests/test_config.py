@@ -269,7 +269,7 @@ def test_a_listener_that_other_machines_reach_with_no_front_server_is_known(
 
 # --- The control of the broker ----------------------------------------------------------------------------------------
 
-GUARD, FILES = ControlKind.GUARD, ControlKind.FILES
+GUARD, FILES, RABBITMQ = ControlKind
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,7 @@ GUARD, FILES = ControlKind.GUARD, ControlKind.FILES
         pytest.param(False, {"projection.json": '{\n "style": "pattern"\n}'}, FILES, id="under files, no plugin"),
         pytest.param(True, {"projection.json": '{\n "style": "pattern"\n}'}, GUARD, id="under files, with the plugin"),
         pytest.param(False, {"projection.json": '{\n "control": "guard"\n}'}, GUARD, id="under the guard"),
+        pytest.param(False, {"projection.json": '{\n "control": "rabbitmq"\n}'}, RABBITMQ, id="under RabbitMQ"),
         pytest.param(False, {"guard.journal": ""}, GUARD, id="under the guard, restored"),
         pytest.param(
             False, {"guard.journal": "", "projection.json": '{\n "style": "pattern"\n}'}, FILES, id="gone back to files"

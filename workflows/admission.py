@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 import db
 from broker.files.acl import check_style
 from config import Settings
-from core.broker_control import AclStyle, ControlKind
+from core.broker_control import AclStyle
 from core.errors import ExternalIdTaken, GuardNeeded
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, check_application_topics, check_topics, default_topics
@@ -258,7 +258,7 @@ def checked_topics(
     """
     wanted = [Topic(pattern, Access(access)) for pattern, access in topics or ()]
     if kind is ClientKind.APPLICATION:
-        if settings.broker_control is not ControlKind.GUARD:
+        if not settings.broker_control.by_journal:
             raise GuardNeeded(
                 "Applications need the guard in the broker, which alone can hold them to their topics: set"
                 " PORTAL_BROKER_CONTROL=guard."

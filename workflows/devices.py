@@ -17,7 +17,6 @@ from sqlalchemy.engine import Connection
 import db
 from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core.broker_control import ControlKind
 from core.errors import (
     ApplicationNotFound,
     BrokerUnavailable,
@@ -290,7 +289,7 @@ def _as_topics(pairs: Sequence[tuple[str, str]]) -> tuple[Topic, ...]:
 
 
 def _not_known(settings: Settings) -> PortalError:
-    if settings.broker_control is not ControlKind.GUARD:
+    if not settings.broker_control.by_journal:
         return GuardNeeded(
             "Which devices are connected is known only with PORTAL_BROKER_CONTROL=guard; list them without that filter."
         )

@@ -14,7 +14,6 @@ from sqlalchemy.engine import Connection
 
 import db
 from config import Settings
-from core.broker_control import ControlKind
 from core.errors import FieldProblem, GuardNeeded, InputInvalid, PortalError, StateConflict
 from core.failpoints import failpoint
 from core.roles import Role
@@ -148,7 +147,7 @@ class Tenants:
         return kept, generation
 
     def _check_broker(self) -> None:
-        if self._settings.broker_control is not ControlKind.GUARD:
+        if not self._settings.broker_control.by_journal:
             raise GuardNeeded(GUARD_NEEDED)
         if not self._broker_knows_tenants():
             raise GuardNeeded(GUARD_TOO_OLD)

@@ -13,7 +13,6 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 
 from config import Settings
-from core.broker_control import ControlKind
 from core.errors import NotFound, PortalError, StartupError, TenantSuspended, TooManyRegistrations
 from core.rates import Rates, Taken
 from core.tenants import Quotas, TenantOnBroker, TenantStatus, overlapping
@@ -64,7 +63,7 @@ def check_tenants(settings: Settings, records: Sequence[TenantRecord]) -> None:
     """Raise ``StartupError`` if the settings do not keep the tenants that there are apart on the broker."""
     others = [record for record in records if record.topic_prefix is not None]
     there = [record.id for record in others if record.status is not TenantStatus.REMOVED]
-    if there and settings.broker_control is not ControlKind.GUARD:
+    if there and not settings.broker_control.by_journal:
         raise StartupError(
             f"There are further tenants ({', '.join(there[:3])}), which only the guard in the broker keeps apart: set"
             " PORTAL_BROKER_CONTROL=guard."

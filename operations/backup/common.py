@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from broker.guard.journal import read_access, read_certificates
 from broker.guard.told import read_told
 from config import Settings
-from core.broker_control import JOURNAL_FILE, ControlKind
+from core.broker_control import JOURNAL_FILE
 from core.errors import ProjectionInvalid
 from core.states import PENDING_DELIVERY, CertificateStatus, DeliveryStatus
 from operations.backup.archive import Backup
@@ -56,7 +56,7 @@ class Restored:
 def refused_by_the_guard(settings: Settings, done: Restored) -> GuardRefusals:
     """Return what the guard's journal refuses: it is told of a revocation before any CRL is signed."""
     path = settings.broker_file(JOURNAL_FILE)
-    if settings.broker_control is not ControlKind.GUARD or not path.exists():
+    if not settings.broker_control.by_journal or not path.exists():
         return GuardRefusals()
     try:
         access, certificates, told = read_access(path), read_certificates(path), read_told(path)

@@ -17,7 +17,7 @@ import db
 from broker.folder import CRL_FILE
 from broker.guard.folder import GuardFiles
 from config import Settings
-from core.broker_control import RECORD_FILE, ControlKind
+from core.broker_control import RECORD_FILE
 from core.errors import BackupRefused, GuardNeeded, StateConflict
 from core.failpoints import failpoint
 from core.tenants import TenantStatus
@@ -86,7 +86,7 @@ def restore_tenant(
     tenant that is there; one that is not comes back suspended. Raise ``BackupRefused``, ``GuardNeeded``,
     ``StateConflict``, ``DatabaseTooNew``, ``PortalRunning``, ``CaKeyUnavailable``, ``DatabaseUnavailable``.
     """
-    if settings.broker_control is not ControlKind.GUARD:
+    if not settings.broker_control.by_journal:
         raise GuardNeeded(GUARD_NEEDED)
     with Backup(path) as backup, data_folder.exclusive(settings), contextlib.ExitStack() as stack:
         key = stack.enter_context(contextlib.closing(open_keys(settings, make=False))).load(FIRST_ISSUING)

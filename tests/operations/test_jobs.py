@@ -443,7 +443,7 @@ class Shown:
         return len(self._restarted.read_text().split()) if self._restarted.exists() else 0
 
 
-@pytest.fixture(params=list(ControlKind))
+@pytest.fixture(params=[ControlKind.GUARD, ControlKind.FILES])
 def shown(
     request: pytest.FixtureRequest, make_settings: Callable[..., Settings], clock: Clock, tmp_path: Path
 ) -> Iterator[Callable[..., Shown]]:
