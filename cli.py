@@ -104,6 +104,9 @@ class PortalGroup(click.Group):
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
             sys.stdout.flush()
         except click.ClickException as error:
+            if isinstance(error, click.NoSuchOption) and error.option_name == "--profile":
+                said = f"{error.message} A login profile stands before the command: portal --profile NAME …"
+                error = click.NoSuchOption(error.option_name, said, ctx=error.ctx)
             error.show()
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):

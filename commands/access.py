@@ -13,7 +13,14 @@ import click
 
 from commands.client import Client
 from commands.completing import saved_names
-from commands.connection import ConnectionOptions, ConnectionSettings, chosen_profile, resolve
+from commands.connection import (
+    OVERRIDDEN,
+    SAVED_LOGIN,
+    ConnectionOptions,
+    ConnectionSettings,
+    chosen_profile,
+    resolve,
+)
 from commands.context import (
     ROLES,
     TOKEN_ID,
@@ -100,17 +107,25 @@ def login(portal: Remote, profile: str | None, oidc: bool, lists: bool) -> None:
 
 
 def _list_logins(portal: Remote) -> None:
-    """Print the saved logins, without their tokens; a file that cannot be used is a row that says so."""
-    used = chosen_profile(portal.given, os.environ)
+    """Print the saved logins, without their tokens, and which one commands use now; a bad file is a warning."""
+    used, settings, problem = chosen_profile(portal.given, os.environ), None, ""
+    try:
+        settings = portal.settings
+    except Misused as error:
+        problem = error.sentence
+        portal.out.warning(" ".join((problem, *error.hints)))
     rows: list[dict[str, Any]] = []
     for name in saved_profiles(os.environ):
         try:
             known = read_logins(login_path(os.environ, name))
         except Misused as error:
-            portal.out.warning(error.sentence)
+            if error.sentence != problem:
+                portal.out.warning(error.sentence)
             known = ()
-        facts = {"profile": name, "chosen": name == used}
-        rows += [facts | {"url": one.url, "tenant": one.tenant, "ca_file": one.ca_file} for one in known]
+        for one in known:
+            chosen = name == used and settings is not None and settings.is_of(one)
+            facts = {"url": one.url, "tenant": one.tenant, "ca_file": one.ca_file}
+            rows.append({"profile": name, "chosen": chosen, **facts})
     portal.out.table(
         {"logins": rows},
         "logins",
@@ -124,6 +139,11 @@ def _list_logins(portal: Remote) -> None:
         empty="There is no saved login.",
         spare=("tenant", "ca file"),
     )
+    if settings is not None and settings.token_source != SAVED_LOGIN:
+        token = f"the token of {settings.token_source}" if settings.token else "no token"
+        portal.out.note(f"Commands use none of them, but {token} at {settings.url}.")
+        if names := [name for name in OVERRIDDEN if os.environ.get(name)]:
+            portal.out.note(f"To use a saved login, run: unset {' '.join(names)}")
 
 
 def _first_use(tenant: str, token: str | None) -> str:

@@ -112,7 +112,7 @@ def broker_away(portal: Remote, name: str, reason: str, yes: bool) -> None:
     """
     if not yes:
         _ask_whether_away(portal, name)
-    answer = portal.client.call("POST", f"/brokers/{name}/away", body={"reason": reason}).json()
+    answer = portal.client.call("POST", f"/brokers/{name}/away", body={"reason": reason}, repeatable=True).json()
     _show(portal, answer, done=f"Declared {name} away")
     portal.out.next_step(f"portal broker back {name}")
 
@@ -136,7 +136,7 @@ def broker_back(portal: Remote, name: str) -> None:
 
     Nothing is enforced until it has everything.
     """
-    answer = portal.client.call("POST", f"/brokers/{name}/back").json()
+    answer = portal.client.call("POST", f"/brokers/{name}/back", repeatable=True).json()
     _show(portal, answer, done=f"{name} counts again")
 
 

@@ -19,8 +19,8 @@ import requests
 import urllib3.exceptions
 
 from commands.connection import ConnectionSettings, is_loopback
-from commands.errors import ConnectionLost, Misused, Refused, Unreachable
-from commands.wording import in_words_of_the_cli, without_requests
+from commands.errors import CliError, ConnectionLost, Misused, Refused, Unreachable
+from commands.wording import command_for, in_words_of_the_cli, without_requests
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 60.0  # a revocation or a download waits for the broker
@@ -86,20 +86,37 @@ class Client:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         anonymous: bool = False,
-        repeatable: bool = True,
+        repeatable: bool | None = None,
         accept: tuple[int, ...] = (),
     ) -> HttpAnswer:
         """Send a request; send it again if the connection breaks and the request is ``repeatable``.
 
+        Unless the caller says so, a ``POST`` is repeatable only if it has an ``Idempotency-Key``, and the rest is
+        (RFC 9110 section 9.2.2; a ``PATCH`` of the portal says what shall be, not what shall be added).
         Raises ``Refused`` for a status of 400 and above that is not in ``accept``, ``Unreachable`` if no answer
         arrives, ``Misused`` if a token is needed and there is none.
         """
         token = None if anonymous else self._token()
         url = self._settings.url + path
-        answer = self._send(method, url, token, repeatable=repeatable, headers=headers, params=params, json=body)
+        if repeatable is None:
+            repeatable = method != "POST" or "Idempotency-Key" in (headers or {})
+        try:
+            answer = self._send(method, url, token, repeatable=repeatable, headers=headers, params=params, json=body)
+        except ConnectionLost as error:
+            if not repeatable and (lists := command_for("GET", path)):
+                error.hints = (*error.hints, f"It may have been done all the same; see: {lists}")
+            raise
         if answer.status >= 400 and answer.status not in accept:
             raise self.refusal(answer)
         return answer
+
+    def takes_key(self, path: str) -> bool:
+        """Return whether the portal says that a ``POST`` there takes an ``Idempotency-Key``; others would ignore it."""
+        try:
+            operation = self.call("GET", "/openapi.json", anonymous=True).json()["paths"][path]["post"]
+            return any(parameter.get("name") == "Idempotency-Key" for parameter in operation.get("parameters", ()))
+        except (CliError, LookupError, TypeError, AttributeError):
+            return False
 
     def get(self, path: str, **params: Any) -> dict[str, Any]:
         """Return the JSON object at ``path``; leaves out parameters that are ``None``."""

@@ -14,6 +14,7 @@ from commands.logins import DEFAULT_PROFILE, Login, login_path, read_login, read
 
 DEFAULT_URL = "https://127.0.0.1:8443"
 STDIN = "-"
+SAVED_LOGIN = "the saved login"  # where a token comes from
 OVERRIDDEN = ("PORTAL_URL", "PORTAL_TOKEN")  # what a login profile of the environment must not be mixed with
 
 
@@ -38,6 +39,10 @@ class ConnectionSettings:
     token: str | None
     token_source: str
 
+    def is_of(self, login: Login) -> bool:
+        """Return whether a saved login is what is used: its portal, and its token."""
+        return self.token_source == SAVED_LOGIN and (self.url, self.token) == (login.url, login.token)
+
     def __repr__(self) -> str:  # never the token
         return f"ConnectionSettings(url={self.url!r}, ca_file={self.ca_file!r}, token_source={self.token_source!r})"
 
@@ -60,7 +65,7 @@ def resolve(given: ConnectionOptions, environment: Mapping[str, str], *, use_log
     if login is not None and login.url == url:
         ca = ca or login.ca_file
         if not token:
-            token, source = login.token, "the saved login"
+            token, source = login.token, SAVED_LOGIN
     return ConnectionSettings(url, _ca_file(ca), _token(token, source), source)
 
 
@@ -89,6 +94,7 @@ def _saved_as(profile: str, environment: Mapping[str, str]) -> list[Login]:
         hints=[
             f"There are: {names}" if names else "There is none at all.",
             f"To save it, run: portal login{option} --url URL --ca-file FILE --token-file FILE",
+            *([f"A certificate profile stands after the command, as in: list{option}"] if option else []),
         ],
     )
 
@@ -108,7 +114,7 @@ def _chosen(given: ConnectionOptions, environment: Mapping[str, str]) -> Connect
         if given.url and portal_url(given.url) != login.url:
             raise Misused(f"The login profile {profile} is one of {login.url}; use either --profile or --url.")
     ca = given.ca_file or login.ca_file or environment.get("PORTAL_CA") or None
-    return ConnectionSettings(login.url, _ca_file(ca), _token(login.token, "the saved login"), "the saved login")
+    return ConnectionSettings(login.url, _ca_file(ca), _token(login.token, SAVED_LOGIN), SAVED_LOGIN)
 
 
 def _of_tenant(given: ConnectionOptions, known: Sequence[Login]) -> Login:

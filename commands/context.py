@@ -17,8 +17,9 @@ from click.shell_completion import CompletionItem
 
 from commands.completing import Listed, saved_names, saved_tenants
 from commands.connection import STDIN, ConnectionOptions, ConnectionSettings, resolve
-from commands.errors import CheckFailed, CliError, Unreachable
+from commands.errors import CheckFailed, CliError, ConnectionLost, Misused, Unreachable
 from commands.files import ReservedFile
+from commands.logins import saved_profiles
 from commands.names import DeviceName, GroupName, ProfileName
 from commands.output import Cell, Output
 from onboarding_portal import VERSION
@@ -108,8 +109,11 @@ class Command(click.Command):
         ctx.obj = Remote(_given(ctx), as_json=as_json)
         try:
             for param in self.params:
-                if isinstance(param.type, DeviceName) and isinstance(text := ctx.params.get(param.name or ""), str):
+                text = ctx.params.get(param.name or "")
+                if isinstance(param.type, DeviceName) and isinstance(text, str):
                     ctx.params[str(param.name)] = param.type.find(ctx.obj.client, text)
+                elif isinstance(param.type, ProfileName) and isinstance(param, click.Option) and text is not None:
+                    _refuse_login_profile(ctx.obj, str(text), ctx.command_path.partition(" ")[2])
             return super().invoke(ctx)
         except CliError as error:
             ctx.obj.out.error(error, options=_options_of_fields(self))
@@ -139,6 +143,17 @@ class Command(click.Command):
         with formatter.section("Examples"):
             for example in self.examples:
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+
+def _refuse_login_profile(portal: Remote, name: str, before: str) -> None:
+    """Raise ``Misused`` if a login has this name, and no certificate profile: a list would be empty, without a word."""
+    if name not in saved_profiles(os.environ):
+        return
+    if portal.client.call("GET", f"/profiles/{name}", accept=(404,)).status == 404:
+        raise Misused(
+            f"There is no certificate profile {name}, but a login of that name.",
+            hints=[f"To use the login, put its name before the command: portal --profile {name} {before} …"],
+        )
 
 
 def _help_record(param: click.Parameter, ctx: click.Context) -> tuple[str, str] | None:
@@ -276,12 +291,25 @@ def short_id(listed_by: str, listed: Listed) -> Id:
     return Id("[0-9a-f]{16}", f"use the full id (see: {listed_by}).", listed)
 
 
+class _YesOrNo(click.ParamType[bool]):
+    """An answer to a question; another one is asked for again, with what is allowed."""
+
+    name = "answer"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        """Return whether the answer is yes."""
+        given = value.strip().lower()
+        if given not in ("y", "yes", "n", "no"):
+            self.fail("Answer y or yes, n or no; Enter alone is no.", param, ctx)
+        return given.startswith("y")
+
+
 def confirm(question: str, *, yes: bool) -> None:
     """Ask for confirmation; raises ``UsageError`` if there is no terminal, ``CliError`` if the answer is no."""
     if yes:
         return
     require_confirmable()
-    if not click.confirm(question, err=True):
+    if not click.prompt(f"{question} [y/N]", default="n", show_default=False, type=_YesOrNo(), err=True):
         raise CliError("Nothing was changed.")
 
 
@@ -335,9 +363,15 @@ def create_with_secret(
     check_secret_seen(save_in, f"--{shown_once}-out", shown_once, out=portal.out)
     reserved = ReservedFile(Path(save_in)) if save_in is not None else None
     try:
-        # With the key it is the same one that a repeat gets, if the connection breaks before the answer.
-        headers = {"Idempotency-Key": new_idempotency_key()}
-        answer: dict[str, Any] = portal.client.call("POST", path, body=body, headers=headers).json()
+        send = functools.partial(
+            portal.client.call, "POST", path, body=body, headers={"Idempotency-Key": new_idempotency_key()}
+        )
+        try:
+            answer: dict[str, Any] = send(repeatable=False).json()
+        except ConnectionLost:
+            if not portal.client.takes_key(path):  # such as version 0.1.0, which would create a second one
+                raise
+            answer = send().json()
         require(answer, *needs, shown_once)
         if reserved is not None:
             reserved.write(answer.pop(shown_once))

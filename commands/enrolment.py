@@ -258,7 +258,7 @@ def expect(
     if groups:
         body["groups"] = list(groups)
     # Not repeated if the connection breaks: that would create a second device.
-    answer = portal.client.call("POST", "/devices", body=body, repeatable=False).json()
+    answer = portal.client.call("POST", "/devices", body=body).json()
     require(answer, "device_id")
     fields = {"device_id": text(answer["device_id"]), "status": status_of(answer)}
     portal.out.result(answer, fields, done=f"Expecting {options['name']} as {answer['device_id']}")
@@ -322,7 +322,9 @@ def approve(portal: Remote, device_id: str, key_fingerprint: str | None, yes: bo
     Compare the fingerprint with the device: it is the SHA-256 of its public key (SubjectPublicKeyInfo, DER).
     """
     key = key_fingerprint or _confirmed_key(portal, device_id, yes=yes)
-    answer = portal.client.call("POST", f"/devices/{device_id}/approve", body={"key_fingerprint": key}).json()
+    answer = portal.client.call(
+        "POST", f"/devices/{device_id}/approve", body={"key_fingerprint": key}, repeatable=True
+    ).json()
     portal.out.result(answer, done=f"Approved {device_id}")
     portal.out.note("It gets its certificate with its next request.")
 

@@ -114,7 +114,7 @@ def group_add(
     """
     body: dict[str, Any] = {"name": name, "description": description, "validity_days": validity_days}
     body |= {"topics": topics_from(topics) or None, "filter": _given(conditions) or None}
-    answer = portal.client.call("POST", "/groups", body=_given(body), repeatable=False).json()
+    answer = portal.client.call("POST", "/groups", body=_given(body)).json()
     _show(portal, answer, done=f"Added the group {name}")
     portal.out.next_step(
         f"portal list --group {name}" if body["filter"] else f"portal group add-members {name} DEVICE…"
@@ -198,7 +198,7 @@ def _change_members(portal: Remote, name: str, act: str, devices: Sequence[str])
     with portal.out.working("Changing; waiting for the broker…"):
         for start in range(0, len(ids), AT_ONCE):
             body = {act: ids[start : start + AT_ONCE]}
-            answer = portal.client.call("POST", f"/groups/{name}/members", body=body).json()
+            answer = portal.client.call("POST", f"/groups/{name}/members", body=body, repeatable=True).json()
             total = {done: count + int(answer.get(done) or 0) for done, count in total.items()}
     answer |= total
     changed = total["added"] or total["removed"]

@@ -35,7 +35,7 @@ BATCH_ROWS = 512  # two of the batches that the portal registers at once
 BATCH_BYTES = 128 * 1024
 RETRY_PAUSES = (0.3, 1.0, 3.0)  # seconds before a batch is sent again after the connection was lost
 BUSY_ATTEMPTS = 30  # at a portal that is busy with other uploads and says when to come back
-COUNTS = ("rows", "registered", "repeated", "there_before", "failed")
+COUNTS = ("rows", "registered", "registered_before", "failed")
 SHOWN = 20  # problems that are shown one by one
 TOO_LARGE = (
     "A proxy before the portal takes only shorter bodies: raise its limit (nginx: client_max_body_size) at"
@@ -67,9 +67,14 @@ class Tally:
     not_downloaded: int = 0
     codes: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def registered_before(self) -> int:
+        """Rows that an earlier import has registered, by the answers of the portal or by the folder."""
+        return self.repeated + self.there_before
+
     def as_json(self) -> dict[str, Any]:
         """Return the counts for JSON."""
-        names = (*COUNTS, "downloaded", "not_downloaded")
+        names = (*COUNTS, "repeated", "there_before", "downloaded", "not_downloaded")
         return {name: getattr(self, name) for name in names} | {"failures": dict(self.codes)}
 
 
@@ -197,9 +202,10 @@ def _dry_run(portal: Remote, checked: RowProblems, rows: Iterator[tuple[FileRow,
                 advance()
     checked.refuse(portal)
     if portal.out.as_json:
-        portal.out.json({"rows": checked.rows, "problems": 0, "there_before": before})
+        counts = {"rows": checked.rows, "problems": 0, "registered_before": before, "there_before": before}
+        portal.out.json(counts)
     else:
-        known = f"; {before} are registered already" if before else ""
+        known = f"; {before} registered before" if before else ""
         portal.out.done(f"Checked {checked.rows} rows; found no problems{known}.")
 
 
@@ -333,8 +339,8 @@ def _show(portal: Remote, results: Results, tally: Tally) -> None:
         return
     for row in itertools.islice((row for row in results.rows() if row["result"] == "failed"), SHOWN):
         portal.out.note(f"line {row['line']}: {row['detail']}")
-    before = tally.repeated + tally.there_before
-    portal.out.done(f"{tally.registered} registered, {before} registered before, {tally.failed} failed.")
+    done = f"{tally.registered} registered, {tally.registered_before} registered before, {tally.failed} failed."
+    portal.out.done(done)
     counts: dict[str, object] = {name: getattr(tally, name) for name in COUNTS}
     counts |= {f"failed {code}": number for code, number in tally.codes.most_common()}
     if tally.downloaded or tally.not_downloaded:

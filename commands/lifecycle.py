@@ -41,7 +41,7 @@ def suspend(portal: Remote, /, devices: tuple[str, ...], results: Path | None, y
         act_on_many(portal, act, devices, filters, results, yes=yes)
         return
     with portal.out.working("Suspending; waiting for the broker…"):
-        answer = portal.client.call("POST", f"/devices/{device_id}/suspend").json()
+        answer = portal.client.call("POST", f"/devices/{device_id}/suspend", repeatable=True).json()
     show_outcome(portal, f"Suspended {devices[0]}", answer, "suspended_at")
     say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate until resumed.")
 
@@ -56,7 +56,7 @@ def resume(portal: Remote, /, devices: tuple[str, ...], results: Path | None, ye
         act_on_many(portal, act, devices, filters, results, yes=yes)
         return
     with portal.out.working("Resuming; waiting for the broker…"):
-        answer = portal.client.call("POST", f"/devices/{device_id}/resume").json()
+        answer = portal.client.call("POST", f"/devices/{device_id}/resume", repeatable=True).json()
     show_outcome(portal, f"Resumed {devices[0]}", answer)
     if answer.get("broker_problem"):
         portal.out.warning(str(answer["broker_problem"]))
@@ -95,7 +95,9 @@ def revoke(
         return
     name = "" if yes else confirmed(portal, f"/devices/{device_id}")
     with portal.out.working("Revoking; waiting for the broker…"):
-        answer = portal.client.call("POST", f"/revoke/{device_id}", body={"reason": reason} if reason else {}).json()
+        answer = portal.client.call(
+            "POST", f"/revoke/{device_id}", body={"reason": reason} if reason else {}, repeatable=True
+        ).json()
     show_outcome(portal, f"Revoked {name or devices[0]}", answer, "revoked_at", "reason")
     say_whether_changed(portal, answer, reason)
     say_whether_enforced(portal, answer, "The broker has disconnected it, and refuses its certificate.")

@@ -69,7 +69,7 @@ def manufacturer_add(portal: Remote, /, certificate: str, **options: Any) -> Non
     Devices with a factory certificate of this CA can enrol once portal manufacturer prove has succeeded.
     """
     body = given_fields(options) | {"certificate": read_pem(certificate)}
-    answer = portal.client.call("POST", "/manufacturers", body=body, repeatable=False).json()
+    answer = portal.client.call("POST", "/manufacturers", body=body).json()
     require(answer, "manufacturer_id", "nonce")
     _show_manufacturer(portal, answer, done=f"Added {body['name']}; devices can enrol once its CA is proven")
     portal.out.note("Sign the nonce with the key of the CA:")
@@ -121,7 +121,7 @@ def manufacturer_prove(portal: Remote, manufacturer_id: str, signature: str | No
     body = (
         {"certificate": read_pem(certificate)} if certificate is not None else {"signature": _base64(signature or "")}
     )
-    answer = portal.client.call("POST", f"/manufacturers/{manufacturer_id}/proof", body=body).json()
+    answer = portal.client.call("POST", f"/manufacturers/{manufacturer_id}/proof", body=body, repeatable=True).json()
     _show_manufacturer(portal, answer, done=f"Registered {answer.get('name') or manufacturer_id}")
 
 

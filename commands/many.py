@@ -189,14 +189,16 @@ def _answers(
 ) -> Iterator[dict[str, Any]]:
     body = {"action": act.name, "ids": device_ids, **act.more}
     headers = {} if key is None else {"Idempotency-Key": key}
-    for line in portal.client.call("POST", "/devices/actions", body=body, headers=headers).body.splitlines():
+    # What is done to a device a second time changes nothing; but for a renewal, which has a key.
+    answer = portal.client.call("POST", "/devices/actions", body=body, headers=headers, repeatable=True)
+    for line in answer.body.splitlines():
         try:
-            answer = json.loads(line)
+            done = json.loads(line)
         except ValueError:
-            answer = None
-        if not isinstance(answer, dict) or answer.get("device_id") not in device_ids:
+            done = None
+        if not isinstance(done, dict) or done.get("device_id") not in device_ids:
             raise Unreachable("The portal's answer about a device cannot be read; its version may differ.")
-        yield answer
+        yield done
         advance()
 
 

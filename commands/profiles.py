@@ -133,7 +133,7 @@ def profile_add(portal: Remote, /, name: str, **options: Any) -> None:
     In names and attributes {id}, {name}, {external_id}, {type}, {location}, {firmware}, {metadata.KEY} and {serial}
     (the serial number that a device enrolled with) are replaced by the device's values.
     """
-    answer = portal.client.call("POST", "/profiles", body={"name": name, **_rules(options)}, repeatable=False).json()
+    answer = portal.client.call("POST", "/profiles", body={"name": name, **_rules(options)}).json()
     _show(portal, answer, done=f"Added the certificate profile {name}")
     portal.out.next_step(f"portal register NAME --type … --location … --firmware … --profile {name}")
 

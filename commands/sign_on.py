@@ -148,7 +148,7 @@ def _exchange(client: Client, out: Output, id_token: str, tenant: str | None) ->
     while True:
         body = {"id_token": id_token} | ({} if tenant is None else {"tenant": tenant})
         try:
-            answer = client.call("POST", "/oidc/tokens", body=body, anonymous=True, repeatable=False).json()
+            answer = client.call("POST", "/oidc/tokens", body=body, anonymous=True).json()
         except Refused as error:
             if error.code != "tenant_needed":
                 raise

@@ -231,7 +231,7 @@ def _ask_whether_to_suspend(portal: Remote, name: str) -> None:
 
 def _move(portal: Remote, name: str, action: str, done: str) -> None:
     with portal.out.working("Waiting for the broker…"):
-        answer = portal.client.call("POST", f"/tenants/{name}/{action}").json()
+        answer = portal.client.call("POST", f"/tenants/{name}/{action}", repeatable=True).json()
     show_outcome(portal, f"{done} the tenant {name}", answer, about="name")
     _warn_if_pending(portal, answer)
 

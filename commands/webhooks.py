@@ -197,7 +197,7 @@ def webhook_redeliver(portal: Remote, webhook_id: str, delivery: tuple[int, ...]
 def webhook_test(portal: Remote, webhook_id: str) -> None:
     """Send a test event now and show the result."""
     with portal.out.working("Sending…"):
-        answer = portal.client.call("POST", f"/webhooks/{webhook_id}/test", repeatable=False).json()
+        answer = portal.client.call("POST", f"/webhooks/{webhook_id}/test").json()
     if portal.out.as_json:
         portal.out.json(answer)
     if not answer.get("delivered"):

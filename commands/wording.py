@@ -10,6 +10,7 @@ _COMMANDS = {
     "GET /applications/{id}": "portal application show",
     "GET /devices": "portal list",
     "GET /devices/{id}": "portal show",
+    "GET /brokers": "portal broker list",
     "GET /tenants": "portal tenant list",
     "GET /tokens": "portal token list",
     "GET /webhooks": "portal webhook list",
@@ -50,6 +51,11 @@ _OPTIONS = {
     "server_auth": "--server-auth",
     "topic_prefix": "--topic-prefix",
 }
+
+
+def command_for(method: str, path: str) -> str | None:
+    """Return the command that sends a request, if there is one."""
+    return _COMMANDS.get(f"{method} {path}")
 
 
 def in_words_of_the_cli(sentence: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.cli_session import Session
 from tests.support.portal_stub import PortalStub, Reply
 
@@ -25,11 +27,24 @@ def test_a_new_token_is_shown_once_and_never_in_a_pipe(session: Session, stub: P
 def test_creating_a_token_is_repeated_with_the_same_key_if_the_connection_breaks(
     session: Session, stub: PortalStub
 ) -> None:
+    takes_key = {"post": {"parameters": [{"name": "Idempotency-Key", "in": "header"}]}}
+    stub.replies["GET", "/openapi.json"] = Reply(body={"paths": {"/tokens": takes_key}})
     stub.replies["POST", "/tokens"] = Reply(breaks_off=True, body=b"")
     assert session.run("token", "create", "x", "--role", "admin", "--token-out", "token").exit_code == 3
-    assert len(stub.requests) > 1
-    assert len({request.headers["Idempotency-Key"] for request in stub.requests}) == 1
+    assert len(stub.calls("POST", "/tokens")) > 1
+    assert len({request.headers["Idempotency-Key"] for request in stub.calls("POST", "/tokens")}) == 1
     assert not Path("token").exists()
+
+
+@pytest.mark.parametrize("described", [{"paths": {"/tokens": {"post": {"parameters": []}}}}, {"paths": {}}, {}])
+def test_a_portal_that_would_create_a_second_token_is_asked_once(
+    described: dict[str, object], session: Session, stub: PortalStub
+) -> None:
+    stub.replies["GET", "/openapi.json"] = Reply(body=described)
+    stub.replies["POST", "/tokens"] = Reply(breaks_off=True, body=b"")
+    result = session.run("token", "create", "x", "--role", "admin", "--token-out", "token")
+    assert (result.exit_code, len(stub.calls("POST", "/tokens"))) == (3, 1)
+    assert "see: portal token list" in result.stderr
 
 
 def test_tokens_are_listed_and_revoked(session: Session) -> None:

@@ -162,6 +162,18 @@ def test_an_import_continues_where_it_stopped(session: Session, stub: PortalStub
     assert len(stub.devices) == 7
 
 
+def test_rows_that_were_registered_before_are_called_so_and_counted_once(session: Session, stub: PortalStub) -> None:
+    file = write_fleet(session.folder, 3, own="unit-")
+    answers = [{"row": n, "device_id": stub.add_device(), "repeated": n == 1} for n in (1, 2, 3)]
+    stub.replies[BULK] = [rows_reply(answers)]
+    first = session.run("import", file, "--out", "fleet")
+    assert "2 registered, 1 registered before, 0 failed." in first.stderr
+    again = session.run("import", file, "--out", "fleet")
+    counts = dict(line.split("\t") for line in again.stdout.splitlines())
+    assert [counts[name] for name in ("rows", "registered", "registered_before", "failed")] == ["3", "0", "3", "0"]
+    assert session.json("import", file, "--out", "fleet")["registered_before"] == 3
+
+
 def test_a_batch_that_is_too_long_for_a_proxy_is_sent_in_halves(session: Session, stub: PortalStub) -> None:
     stub.replies[BULK] = [Reply(413, b"<html>413 Request Entity Too Large</html>")]
     summary, status = run(session, write_fleet(session.folder, 3))

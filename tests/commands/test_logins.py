@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from commands.logins import login_path
+from commands.logins import Login, login_path, save_login
 from tests.support.cli_session import Session
 from tests.support.pki import Pki
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, running
@@ -158,3 +158,54 @@ def test_a_profile_remembers_the_tenants_of_its_portal(saved: Session, factory: 
 
 def test_the_command_to_save_a_login_profile_names_it_once(saved: Session) -> None:
     assert "To save it, run: portal login --profile other --url URL" in saved.run("--profile", "other", "list").stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PORTAL_TOKEN": "another"}, "the token of PORTAL_TOKEN at {url}"),
+        ({"PORTAL_URL": "https://127.0.0.1:1"}, "no token at https://127.0.0.1:1"),
+        ({"PORTAL_URL": "https://127.0.0.1:1", "PORTAL_TOKEN": "x"}, "unset PORTAL_URL PORTAL_TOKEN"),
+        ({"PORTAL_PROFILE": "factory", "PORTAL_TOKEN": "x"}, "PORTAL_PROFILE and PORTAL_TOKEN are both set"),
+        ({"PORTAL_PROFILE": "other"}, "There is no login profile other."),
+    ],
+)
+def test_no_login_is_listed_as_chosen_if_commands_use_none(
+    environment: dict[str, str], said: str, saved: Session, stub: PortalStub
+) -> None:
+    result = saved.run("login", "--list", env=environment)
+    assert [line.split("\t")[4] for line in result.stdout.splitlines()] == ["", ""]
+    assert said.format(url=stub.url) in result.stderr
+
+
+def test_a_profile_of_the_environment_is_listed_as_chosen(saved: Session) -> None:
+    listed = saved.json("login", "--list", env={"PORTAL_PROFILE": "factory"})["logins"]
+    assert [row["profile"] for row in listed if row["chosen"]] == ["factory"]
+
+
+def test_of_several_tenants_of_a_login_one_is_chosen(saved: Session, stub: PortalStub) -> None:
+    save_login(login_path(saved.environment), Login(stub.url, None, "a-token-of-acme", "acme"))
+    assert [row["tenant"] for row in saved.json("login", "--list")["logins"] if row["chosen"]] == ["acme"]
+    chosen = saved.json("--tenant", "default", "login", "--list")["logins"]
+    assert [row["tenant"] for row in chosen if row["chosen"]] == ["default"]
+
+
+def test_a_login_profile_after_the_command_is_told_from_a_certificate_profile(
+    saved: Session, stub: PortalStub, factory: PortalStub
+) -> None:
+    stub.replies["GET", "/profiles/factory"] = Reply(404, {"code": "not_found", "detail": "There is none."})
+    result = saved.run("list", "--profile", "factory")
+    assert result.exit_code == 2
+    assert "There is no certificate profile factory, but a login of that name." in result.stderr
+    assert "before the command: portal --profile factory list" in result.stderr
+    stub.replies["GET", "/profiles/factory"] = Reply(body={"name": "factory"})
+    assert saved.run("list", "--profile", "factory").exit_code == 0
+    assert stub.requests[-1].query["profile"] == "factory"
+    assert factory.requests == []
+
+
+def test_what_a_profile_of_the_other_kind_needs_is_said(saved: Session) -> None:
+    assert "after the command, as in: list --profile tls-server" in saved.run("--profile", "tls-server", "list").stderr
+    result = saved.run("status", "--profile", "factory")
+    assert result.exit_code == 2
+    assert "No such option '--profile'. A login profile stands before the command" in result.stderr

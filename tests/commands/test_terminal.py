@@ -335,7 +335,12 @@ def test_a_registration_shows_the_password_and_what_to_pass_on(session: Session,
 
 
 @pytest.mark.parametrize(
-    ("typed", "status", "said"), [("y\n", "revoked", "Revoked pump"), ("n\n", "active", "Nothing was changed")]
+    ("typed", "status", "said"),
+    [
+        *(("y\n", "revoked", "Revoked pump"), ("YES\n", "revoked", "Revoked pump")),
+        *(("n\n", "active", "Nothing was changed"), ("\n", "active", "Nothing was changed")),
+        ("ye\ny\n", "revoked", "Error: Answer y or yes, n or no; Enter alone is no."),
+    ],
 )
 def test_a_revocation_asks_with_name_and_id(
     typed: str, status: str, said: str, session: Session, stub: PortalStub
