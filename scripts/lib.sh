@@ -5,6 +5,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PORTAL_VENV:-$ROOT/.venv}
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # Debian keeps servers where an ordinary user's PATH does not look
 APT_UPDATED=
+MAY_START=/usr/sbin/policy-rc.d # what Debian asks before it starts a service
 DISTRIBUTION_PYTHON=/usr/bin/python3
 
 say() { printf '%s\n' "$*"; }
@@ -25,7 +26,26 @@ as_root() {
     fi
 }
 
-# install_package PACKAGE: from the distribution; fails where it may not be installed or is not there.
+# Run a command while no service may start, as root and one at a time; $0 is MAY_START. An answer that somebody else has
+# put there counts in place of ours, and stays.
+# shellcheck disable=SC2016 # expanded by the shell that runs it
+WITHOUT_SERVICES='
+set -eu
+mark="The scripts of the onboarding portal are installing a package."
+exec 9<"$(dirname "$0")"
+flock 9
+if { [ ! -e "$0" ] && [ ! -L "$0" ]; } || grep -q "$mark" "$0" 2>/dev/null; then
+    trap "rm -f \"$0\"" EXIT
+    trap "exit 130" INT
+    trap "exit 143" TERM HUP
+    printf "#!/bin/sh\n# %s\nexit 101\n" "$mark" >"$0"
+    chmod 755 "$0"
+fi
+"$@" 9<&-
+'
+
+# install_package PACKAGE: from the distribution, without starting a service of it: else a broker, say, would listen on
+# every address. Fails where it may not be installed or is not there.
 install_package() {
     command -v apt-get >/dev/null && as_root true || return 1
     if [ -z "$APT_UPDATED" ]; then
@@ -33,7 +53,7 @@ install_package() {
         APT_UPDATED=yes
     fi
     say "Installing the package $1."
-    as_root env DEBIAN_FRONTEND=noninteractive \
+    as_root env DEBIAN_FRONTEND=noninteractive sh -c "$WITHOUT_SERVICES" "$MAY_START" \
         apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 install "$1" </dev/null >/dev/null 2>&1
 }
 

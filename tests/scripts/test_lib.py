@@ -1,11 +1,15 @@
-"""Which Python the scripts make the virtual environment with."""
+"""What the scripts share: which Python they make the virtual environment with, and how they install packages."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.support.deployment import wait_until
 
 ROOT = Path(__file__).parents[2]
 NEW = '#!/bin/sh\ncase "$2" in *venv*) exit {lacks_venv} ;; *) exit {too_old} ;; esac\n'
@@ -46,3 +50,79 @@ def test_one_without_venv_is_found_if_venv_is_not_asked_for(tmp_path: Path) -> N
     distribution = python(tmp_path / "usr", "python3", lacks_venv=True)
     assert found(distribution, tmp_path / "none", "ensurepip", "venv") == ""
     assert found(distribution, tmp_path / "none") == str(distribution)
+
+
+# --- Packages
+
+
+def installing(folder: Path, apt_get: str) -> tuple[subprocess.Popen[str], Path]:
+    """Install a package by a program in place of ``apt-get``; return also the file that keeps services away."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    (programs / "apt-get").write_text(f"#!/bin/sh\n{apt_get}\n")
+    (programs / "sudo").write_text('#!/bin/sh\nshift; exec "$@"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    policy = folder / "policy-rc.d"
+    script = f". {ROOT}/scripts/lib.sh; MAY_START={policy}; APT_UPDATED=yes; install_package some-broker"
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "SAID": str(folder / "said")}
+    process = subprocess.Popen(
+        ["/bin/bash", "-c", script],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    return process, policy
+
+
+def ask_policy(folder: Path) -> str:
+    """The line of a shell by which an installation asks, as Debian's does, whether it may start its service."""
+    return f'status=0; {folder}/policy-rc.d some-broker start || status=$?; echo $status >"$SAID"'
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["installed", "failed"])
+def test_no_service_starts_that_a_package_brings_and_others_may_afterwards(tmp_path: Path, fails: bool) -> None:
+    process, policy = installing(tmp_path, f"{ask_policy(tmp_path)}; exit {int(fails)}")
+    process.communicate(timeout=30)
+    assert process.returncode == int(fails)
+    assert (tmp_path / "said").read_text() == "101\n"  # forbidden
+    assert not policy.exists()
+
+
+def test_an_answer_that_somebody_else_has_put_there_counts_and_stays(tmp_path: Path) -> None:
+    own = "#!/bin/sh\nexit 104\n"
+    (tmp_path / "policy-rc.d").write_text(own)
+    (tmp_path / "policy-rc.d").chmod(0o755)
+    process, policy = installing(tmp_path, ask_policy(tmp_path))
+    process.communicate(timeout=30)
+    assert (tmp_path / "said").read_text() == "104\n"
+    assert policy.read_text() == own
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_an_installation_that_is_broken_off_leaves_nothing_that_keeps_services_from_starting(
+    tmp_path: Path, sent: signal.Signals
+) -> None:
+    os.mkfifo(tmp_path / "begun")
+    process, policy = installing(tmp_path, f"echo begun >{tmp_path}/begun; exec sleep 60")
+    assert (tmp_path / "begun").read_text() == "begun\n"
+    assert policy.exists()
+    os.killpg(process.pid, sent)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    wait_until(lambda: not policy.exists())  # by a process that the script has started
+
+
+def test_what_a_killed_installation_has_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "begun")
+    process, policy = installing(tmp_path, f"echo begun >{tmp_path}/begun; exec sleep 60")
+    assert (tmp_path / "begun").read_text() == "begun\n"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert policy.exists()
+    process, _ = installing(tmp_path, ask_policy(tmp_path))
+    process.communicate(timeout=30)
+    assert (tmp_path / "said").read_text() == "101\n"
+    assert not policy.exists()
