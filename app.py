@@ -161,17 +161,22 @@ class _LazyPortal:
                 if self._portal is None:
                     portal = open_portal(self._settings, self._clock, self._served)
                     if self._background:
-                        _start_agents(portal, jobs.start(portal))
+                        _start_listeners(portal, jobs.start(portal))
                     self._portal = portal
         return self._portal
 
 
-def _start_agents(portal: Portal, stopping: threading.Event) -> None:
-    """Serve agents in a thread of this process, if the settings have an address for them."""
+def _start_listeners(portal: Portal, stopping: threading.Event) -> None:
+    """Serve agents, and nodes of RabbitMQ, in threads of this process, if the settings have addresses for them."""
     if portal.settings.agents_bind is not None:
         from web import agent_listener
 
         threading.Thread(target=agent_listener.run, args=(portal, stopping), name="agents", daemon=True).start()
+    if portal.settings.rabbitmq_bind is not None:
+        from web import rabbitmq_listener
+
+        of = portal.settings, portal.questioners, stopping
+        threading.Thread(target=rabbitmq_listener.run, args=of, name="rabbitmq", daemon=True).start()
 
 
 def portal_of(app: Flask) -> Portal:

@@ -39,6 +39,7 @@ from pki.issuers import (
     extension,
     issuing_profile,
     locations,
+    questioner_profile,
     requested_extensions,
     responder_profile,
     root_profile,
@@ -143,6 +144,13 @@ def sign_agent_certificate(
 ) -> Issued:
     """Sign the certificate by which the agent of a broker shows who it is; raises as ``sign_certificate`` does."""
     return _sign(issuer, public_key, agent_profile(name), now=now, days=days, pki_url=pki_url)
+
+
+def sign_questioner_certificate(
+    issuer: Issuer, public_key: PublicKey, *, node: str, now: datetime, days: int, pki_url: str
+) -> Issued:
+    """Sign the certificate by which a RabbitMQ node asks about its clients; raises as ``sign_certificate`` does."""
+    return _sign(issuer, public_key, questioner_profile(node), now=now, days=days, pki_url=pki_url)
 
 
 def sign_responder_certificate(issuer: Issuer, public_key: PublicKey, *, now: datetime, days: int) -> Issued:

@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 import ca
 import db
+from broker.capath import FILE_MODE
+from broker.folder import broker_group
 from broker.probe import ProbeCertificate, ProbeCertificates
 from broker_provisioning import BrokerProvisioning
 from config import PORTAL_CA_FILE, Settings
@@ -35,6 +37,7 @@ from store.database import Database
 from store.scope import ALL_TENANTS
 from workflows.authority.issuers import Authority, RecordedIssuer
 from workflows.authority.own import PROBE_DAYS, record_own
+from workflows.questioners import Questioners
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.installation")
@@ -60,6 +63,7 @@ class OwnCertificates:
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
     _first_tenant: str
+    _questioners: Questioners
 
     def renew(self, *, served: bool = False) -> list[str]:
         """Issue a new certificate for each that is due; return the names of those renewed.
@@ -77,6 +81,7 @@ class OwnCertificates:
             renewed.append("broker server certificate")
         if self._renew_agents():
             renewed.append("server certificate for agents")
+        renewed.extend(self._renew_rabbitmq())
         if self._is_due(probes.good.certificate, probes.good.key):
             self._issue_probe(probes.good, revoked=False)
             renewed.append("good probe certificate")
@@ -125,11 +130,41 @@ class OwnCertificates:
         return True
 
     def _renew_agents(self) -> bool:
-        """Renew the certificate of the listener for agents, which trust no issuer but the portal."""
-        settings = self._settings
-        certificate, key = settings.tls_dir / "agents.pem", settings.tls_dir / "agents.key"
-        names = (urlsplit(settings.agents_url).hostname or "",)
-        if settings.agents_bind is None or not self._is_due(certificate, key, names):
+        """Renew the certificate of the listener for agents."""
+        return self._settings.agents_bind is not None and self._renew_listener("agents", self._settings.agents_url)
+
+    def _renew_rabbitmq(self) -> list[str]:
+        """Renew the certificates of the listener for RabbitMQ, and those by which its nodes ask there."""
+        settings, renewed = self._settings, list[str]()
+        if settings.rabbitmq_bind is not None and self._renew_listener("rabbitmq", settings.rabbitmq_url):
+            renewed.append("server certificate for RabbitMQ")
+        # Nodes may share a folder: then they share the certificate of the first one.
+        folders = {node.folder or settings.broker_dir: node.name for node in reversed(settings.rabbitmq_nodes)}
+        for folder, node in folders.items():
+            try:
+                if self._renew_node(node, folder):
+                    renewed.append(f"certificate of {node}")
+            except OSError as error:  # perhaps it is not mounted
+                log.error("a node has no certificate", extra={"node": node, "problem": str(error)})
+        return renewed
+
+    def _renew_node(self, node: str, folder: Path) -> bool:
+        certificate, key = folder / "node.pem", folder / "node.key"
+        if not self._is_due(certificate, key) and self._questioners.has(node, certificate):
+            return False
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not there")
+        chain, content = self._questioners.issue(node)
+        group = broker_group(self._settings)
+        replace_file(key, content, mode=FILE_MODE, group=group)
+        replace_file(certificate, chain, mode=FILE_MODE, group=group)
+        return True
+
+    def _renew_listener(self, name: str, url: str) -> bool:
+        """Renew the certificate of a listener for those who trust no issuer but the portal."""
+        certificate, key = (self._settings.tls_dir / f"{name}.{kind}" for kind in ("pem", "key"))
+        names = (urlsplit(url).hostname or "",)
+        if not self._is_due(certificate, key, names):
             return False
         chain, content = self._issue_server(names)
         replace_file(key, content)

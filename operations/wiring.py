@@ -72,6 +72,7 @@ from workflows.operators import FIRST_TOKEN_LIFE, Operators, new_token
 from workflows.overview import Overviews
 from workflows.presence import PresenceFollower
 from workflows.profiles import CertificateProfiles
+from workflows.questioners import Questioners
 from workflows.reconciliation import Reconciler
 from workflows.registration import Registrations
 from workflows.renewal import Renewals
@@ -129,6 +130,7 @@ class Portal:
     reconciler: Reconciler
     agents: BrokerAgents
     agent_feed: AgentFeed
+    questioners: Questioners
     own_certificates: OwnCertificates
     registrations: Registrations
     bulk: Bulk
@@ -340,7 +342,10 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         reconciler=reconciler,
         agents=BrokerAgents(settings, database, authority, reconciler, clock, first_tenant),
         agent_feed=AgentFeed(settings, database, authority, reconciler.crls, clock),
-        own_certificates=OwnCertificates(settings, database, authority, base.broker, reconciler, clock, first_tenant),
+        questioners=(questioners := Questioners(settings, database, authority, clock, first_tenant)),
+        own_certificates=OwnCertificates(
+            settings, database, authority, base.broker, reconciler, clock, first_tenant, questioners
+        ),
         registrations=Registrations(
             settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, shared.rates, clock
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
@@ -292,6 +293,17 @@ def agent_profile(name: str) -> Profile:
     if not DNS_LABEL.fullmatch(name):
         raise InputInvalid("The name of a broker must be 1 to 63 lower-case letters, digits and inner hyphens.")
     return Profile(_subject(f"agent+{name}"[:COMMON_NAME_LIMIT]), _DEVICE)
+
+
+def questioner_profile(node: str) -> Profile:
+    """Return the profile of a RabbitMQ node that asks about its clients: a TLS client that is none of them itself."""
+    return Profile(_subject(questioner_name(node)), _DEVICE)
+
+
+def questioner_name(node: str) -> str:
+    """Return the common name in the certificate of a RabbitMQ node, which no identity in a journal has."""
+    name = f"rabbitmq+{node}"
+    return name if len(name) <= COMMON_NAME_LIMIT else f"rabbitmq+{hashlib.sha256(node.encode()).hexdigest()[:40]}"
 
 
 def responder_profile(issuer_name: str) -> Profile:

@@ -103,6 +103,42 @@ def count_issued(tx: Connection, tenant_id: str, device_id: str, *, since: datet
     return tx.execute(sa.select(sa.func.count()).select_from(Certificate).where(*own)).scalar_one()
 
 
+# --- The portal's own ------------------------------------------------------------------------------------------------
+
+
+def find_own_certificate(tx: Connection, fingerprint: str) -> CertificateRecord | None:
+    """Return a certificate that is not a device's nor a probe's, by the SHA-256 of its DER in hex."""
+    query = sa.select(*CERTIFICATE_COLUMNS)
+    query = query.where(Certificate.fingerprint == fingerprint, Certificate.purpose == "server")
+    row = tx.execute(query).one_or_none()
+    return None if row is None else CertificateRecord(*row)
+
+
+def own_certificates(tx: Connection, tenant_id: str, *, now: datetime) -> Sequence[CertificateRecord]:
+    """Return those of a tenant that are neither revoked nor expired, by an index of all of its current ones."""
+    query = sa.select(*CERTIFICATE_COLUMNS).where(
+        CURRENT,
+        Certificate.tenant_id == tenant_id,
+        Certificate.not_after > now,
+        Certificate.device_id.is_(None),
+        Certificate.purpose == "server",
+    )
+    return [CertificateRecord(*row) for row in tx.execute(query)]
+
+
+def revoke_own_certificate(
+    tx: Connection, record: CertificateRecord, *, at: datetime, reason: str, generation: int
+) -> None:
+    """Revoke one of the portal's own certificates."""
+    values = {
+        "status": CertificateStatus.REVOKED,
+        "revoked_at": at,
+        "revocation_reason": reason,
+        "generation": generation,
+    }
+    tx.execute(sa.update(Certificate).where(Certificate.id == record.id).values(values))
+
+
 # --- Revocation states -----------------------------------------------------------------------------------------------
 
 SERIAL_NUMBER_DIGITS = 40  # RFC 5280 section 4.1.2.2: at most 20 octets

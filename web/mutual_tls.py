@@ -31,6 +31,7 @@ log = logging.getLogger("portal.serving")
 
 MAX_CONNECTIONS = 1000
 MAX_UNKNOWN, MAX_UNKNOWN_OF_ADDRESS = 256, 16  # connections that have not shown a certificate that counts
+MAX_UNKNOWN_OF_TRUSTED = 256
 BLOCK = 64 << 10
 AGAIN_SECONDS = 2.0
 
@@ -55,6 +56,9 @@ class MutualTlsListener(ABC):
 
     name: ClassVar[str]
     variable: ClassVar[str]  # the setting of its address
+    # For so long an address from which a certificate was shown that counts has more connections that show none yet, and
+    # others cannot take those.
+    trusts_addresses_for: ClassVar[float] = 0.0
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -62,6 +66,7 @@ class MutualTlsListener(ABC):
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}  # until when each may take
         self._unknown: Counter[str] = Counter()  # connections without a certificate that counts, by address
+        self._trusted: dict[str, float] = {}  # addresses, each until when
         self._context: tuple[object, ssl.SSLContext] | None = None
 
     @property
@@ -107,13 +112,25 @@ class MutualTlsListener(ABC):
     def _accept(self, client: socket.socket) -> None:
         address = network_of(client)
         with self._lock:
-            of_address, unknown = self._unknown[address], self._unknown.total()
-            if len(self._open) >= MAX_CONNECTIONS or unknown >= MAX_UNKNOWN or of_address >= MAX_UNKNOWN_OF_ADDRESS:
+            if len(self._open) >= MAX_CONNECTIONS or not self._may_come(address):
                 client.close()
                 return
             self._open[client] = time.monotonic() + self.settings.request_timeout
             self._unknown[address] += 1
         threading.Thread(target=self._take, args=(client, address), name=self.name, daemon=True).start()
+
+    def _may_come(self, address: str) -> bool:
+        if self._trusted.get(address, 0.0) > time.monotonic():
+            return self._unknown[address] < MAX_UNKNOWN_OF_TRUSTED
+        others = sum(count for other, count in self._unknown.items() if other not in self._trusted)
+        return others < MAX_UNKNOWN and self._unknown[address] < MAX_UNKNOWN_OF_ADDRESS
+
+    def _trust(self, address: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            for other in [other for other, until in self._trusted.items() if until < now]:
+                del self._trusted[other]
+            self._trusted[address] = now + self.trusts_addresses_for
 
     def _end_late(self) -> None:
         """End the connections whose time is over: their threads notice."""
@@ -142,6 +159,7 @@ class MutualTlsListener(ABC):
                 self.check(secure.getpeercert(binary_form=True) or b"")
                 self._known(address)
                 is_known = True
+                self._trust(address)
             self.converse(secure)
         except OSError as error:  # of TLS, too
             log.debug("a connection has ended", extra={"listener": self.name, "problem": str(error)})
@@ -230,8 +248,8 @@ class Conversation(BaseHTTPRequestHandler):
 
     def read_body(self) -> bytes:
         """Return the body; raise ``RequestMalformed`` or ``BodyTooLarge``, after which the connection must end."""
-        lengths = self.headers.get_all("Content-Length", ["0"])
-        if "Transfer-Encoding" in self.headers or len(lengths) > 1 or not re.fullmatch("[0-9]{1,9}", lengths[0]):
+        lengths = self.headers.get_all("Content-Length", ["0"] if self.command == "GET" else [])
+        if "Transfer-Encoding" in self.headers or len(lengths) != 1 or not re.fullmatch("[0-9]{1,9}", lengths[0]):
             raise RequestMalformed("A request at this address states the length of its body, once.")
         length = int(lengths[0])
         if length > self.max_body:

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import parse_qsl
 
 from broker.guard.journal import MAX_LINE_BYTES, decode
@@ -84,9 +85,14 @@ class Answers:
         self._granted: dict[str, _Granted] = {}
 
     def allows(self, question: str, form: Mapping[str, str]) -> bool:
-        """Answer ``user``, ``vhost``, ``resource`` or ``topic``, each with its fields."""
+        """Answer ``user``, ``vhost``, ``resource`` or ``topic``, each with its fields, by the journal as it is now."""
+        self.follow()
+        return self.allows_as_read(question, form)
+
+    def allows_as_read(self, question: str, form: Mapping[str, str]) -> bool:
+        """Answer as ``allows`` does, by what was read of the journal; ``follow`` reads it."""
         identity = form.get("username", "")
-        if not self._follow() or identity not in self._granted:
+        if self._is_damaged or self._seq <= 0 or identity not in self._granted:
             return False
         match question:
             case "user":  # of a certificate: who gives a password, be it empty, may have the certificate of another
@@ -116,25 +122,30 @@ class Answers:
 
     # --- The journal
 
-    def _follow(self) -> bool:
-        """Take in what was appended, or a new journal; return whether it is whole."""
+    def follow(self, most: int | None = None) -> bool:
+        """Take in what was appended, or a new journal; return false, and read nothing, for more than ``most`` bytes."""
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 header = file.readline(MAX_LINE_BYTES)
-                if status.st_ino != self._inode or status.st_size < self._end or header != self._header:
+                is_new = status.st_ino != self._inode or status.st_size < self._end or header != self._header
+                if most is not None and status.st_size - (0 if is_new else self._end) > most:
+                    return False
+                if is_new:
                     self._begin(status.st_ino)
                     self._header = header
                 if status.st_size > self._end and not self._is_damaged:
                     file.seek(self._end)
-                    while (line := file.readline(MAX_LINE_BYTES + 1)).endswith(b"\n"):
-                        self._take(line)
-                        self._end += len(line)
-                    self._is_damaged = self._is_damaged or len(line) > MAX_LINE_BYTES
+                    self._read(file)
         except OSError:
             self._begin(0)
-            return False
-        return self._seq > 0 and not self._is_damaged
+        return True
+
+    def _read(self, file: BinaryIO) -> None:
+        while (line := file.readline(MAX_LINE_BYTES + 1)).endswith(b"\n"):
+            self._take(line)
+            self._end += len(line)
+        self._is_damaged = self._is_damaged or len(line) > MAX_LINE_BYTES
 
     def _take(self, line: bytes) -> None:
         text, _, stated = line[:-1].rpartition(b" ")

@@ -1,0 +1,146 @@
+"""Answers the nodes of a RabbitMQ cluster about its clients: web/mutual_tls.py has what their connections may cost."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections import Counter
+from http import HTTPStatus
+
+from broker.rabbitmq.answers import MAX_FORM_BYTES, Answers, read_form
+from broker.rabbitmq.followed import FollowedAnswers
+from config import Settings
+from core.broker_control import JOURNAL_FILE
+from core.errors import ClientCertificateRefused, InputInvalid, NotFound, PortalError, Unavailable
+from core.setting_values import Address
+from web.api.problems import of_error
+from web.mutual_tls import Conversation, MutualTlsListener, run_in_one_process
+from workflows.questioners import Questioners
+
+log = logging.getLogger("portal.rabbitmq")
+
+LOCK = ".rabbitmq.lock"
+PATH = "/broker/rabbitmq/"
+QUESTIONS = frozenset(("user", "vhost", "resource", "topic"))
+# From an answer to the end of the next request. A node closes what it has not used for two minutes, and has to be the
+# one that does: else a question might be on its way meanwhile, and its client would be refused.
+IDLE_SECONDS = 180.0
+ANSWER_SECONDS = 15.0
+MAX_OF_NODE = 400  # connections, of 1000 in all
+SURE_SECONDS = 1.0  # for which a certificate that counted is not looked up again,
+UNSURE_SECONDS = 300.0  # and if the database does not answer
+
+
+def run(settings: Settings, questioners: Questioners, stopping: threading.Event) -> None:
+    """Answer until ``stopping`` is set, in one process among all on the data folder; the body of a thread."""
+    run_in_one_process(
+        settings.data_dir / LOCK, lambda event: RabbitmqListener(settings, questioners).serve(event), stopping
+    )
+
+
+class RabbitmqListener(MutualTlsListener):
+    """Accepts connections of nodes, by the certificates that the portal has issued to them for that."""
+
+    name, variable = "rabbitmq", "PORTAL_RABBITMQ_BIND"
+    trusts_addresses_for = 600.0  # many clients that come at once make many connections of a node
+
+    def __init__(self, settings: Settings, questioners: Questioners) -> None:
+        super().__init__(settings)
+        self._questioners = questioners
+        journal = settings.broker_file(JOURNAL_FILE)
+        self.answers = FollowedAnswers(lambda: Answers(journal, settings.topic_prefix))
+        self._nodes: dict[bytes, tuple[str, float]] = {}  # by certificate: whose it is, and when that was looked up
+        self._of_node: Counter[str] = Counter()
+
+    @property
+    def address(self) -> Address | None:
+        """Where it listens."""
+        return self.settings.rabbitmq_bind
+
+    @property
+    def client_cas(self) -> str:
+        """The CAs that nodes' certificates are verified by, PEM."""
+        return self._questioners.client_cas
+
+    def check(self, certificate: bytes) -> None:
+        """Raise ``ClientCertificateRefused`` if a certificate is not a node's."""
+        self.node_of(certificate)
+
+    def node_of(self, certificate: bytes) -> str:
+        """Return the node of a certificate, by the database, or while it is away by what it said minutes ago.
+
+        Raise ``ClientCertificateRefused`` if the certificate does not count, ``Unavailable`` if that is not known.
+        """
+        now = time.monotonic()
+        node, seen_at = self._nodes.get(certificate, ("", -UNSURE_SECONDS))
+        if now - seen_at < SURE_SECONDS:
+            return node
+        try:
+            node = self._questioners.node_of(certificate)
+        except Unavailable:
+            if now - seen_at < UNSURE_SECONDS:
+                return node
+            raise
+        except ClientCertificateRefused:
+            self._nodes.pop(certificate, None)
+            raise
+        self._nodes[certificate] = node, now
+        return node
+
+    def converse(self, client: ssl.SSLSocket) -> None:
+        """Answer a node."""
+        try:
+            node = self.node_of(client.getpeercert(binary_form=True) or b"")
+        except PortalError:
+            node = ""  # it is refused in a sentence
+        with self._lock:
+            if self._of_node[node] >= MAX_OF_NODE:
+                return
+            self._of_node[node] += 1
+        try:
+            _Conversation(client, self)
+        finally:
+            with self._lock:
+                self._of_node[node] -= 1
+
+
+class _Conversation(Conversation):
+    """Answers the questions of one connection."""
+
+    max_body = MAX_FORM_BYTES
+
+    def __init__(self, client: ssl.SSLSocket, listener: RabbitmqListener) -> None:
+        self._listener = listener
+        self._der = client.getpeercert(binary_form=True) or b""
+        super().__init__(client, listener)
+
+    def answer(self) -> None:
+        """Answer a question by ``allow`` or ``deny``; what is none, by whoever, in a sentence."""
+        self.extend(ANSWER_SECONDS)
+        try:
+            form = read_form(self.read_body())
+            self._listener.node_of(self._der)
+            question = self.path.removeprefix(PATH)
+            if self.command != "POST" or self.path == question or question not in QUESTIONS:
+                raise NotFound("There is nothing at this path for RabbitMQ.")
+            if form is None:
+                raise InputInvalid("The body is not a form, or names a field twice.")
+            answer = b"allow" if self._listener.answers.allows(question, form) else b"deny"
+            self.extend(IDLE_SECONDS)
+            self.send(HTTPStatus.OK, answer, "text/plain")
+        except PortalError as error:
+            self._refuse(error)
+        except OSError:
+            self.close_connection = True
+            raise
+        except Exception as error:
+            log.exception("a question was not answered")
+            self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        self.close_connection = True
+        problem = of_error(error, request_id="", path=self.path)
+        log.warning("a question was refused", extra={"status": problem.status, "problem": problem.detail})
+        self.send(problem.status, problem.detail.encode(), "text/plain")
