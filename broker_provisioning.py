@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from types import MappingProxyType
 
@@ -14,20 +11,9 @@ from cryptography import x509
 
 from broker.control import BrokerControl, Changes, DeviceAccess, Draft, PresenceReports, RestartReason, Step
 from broker.files.control import FilesControl
-from broker.folder import CA_FILE, BrokerFolder
+from broker.folder import BrokerFolder
 from broker.guard.control import GuardControl
-from broker.probe import ACCEPTS_REVOKED, Probe, ProbeCertificate, ProbeCertificates, ProbeResult
-from broker.process import started_at
-from broker.session import (
-    FAILURE,
-    PORTAL_USER,
-    SUCCESS,
-    Session,
-    client_id,
-    connect_unix,
-    password_refused,
-    unavailable,
-)
+from broker.probe import ACCEPTS_REVOKED, ProbeCertificate, ProbeCertificates, ProbeResult
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable, SettingInvalid
@@ -38,10 +24,6 @@ from core.tenants import TenantOnBroker
 from core.topics import Topic, check_device_id
 from pki.client_certificates import common_name
 
-log = logging.getLogger("portal.broker")
-
-_DISCONNECTS_IN_FLIGHT = 8  # the broker's queue of connections on a unix socket is 10 long
-_HEALTH_SECONDS = 1.0
 PROBE_PROBLEM = ".probe.problem"
 
 
@@ -77,14 +59,8 @@ class BrokerProvisioning:
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime] = _now) -> None:
-        if settings.broker_control is ControlKind.RABBITMQ:
-            raise SettingInvalid("PORTAL_BROKER_CONTROL=rabbitmq cannot be used yet: choose guard or files.")
-        guarded = settings.broker_control is ControlKind.GUARD
-        self.control: BrokerControl = GuardControl(settings, clock) if guarded else FilesControl(settings, clock)
-        self._settings = settings
+        self.control = _control(settings, clock)
         self._probe_file = settings.data_dir / PROBE_PROBLEM
-        ca_file, further = settings.broker_file(CA_FILE), settings.probe_ca_files
-        self._probe = Probe(settings.mqtt_host, settings.probe_addresses, ca_file, further)
 
     @property
     def files(self) -> BrokerFolder:
@@ -144,13 +120,12 @@ class BrokerProvisioning:
 
     def begin_again(self) -> None:
         """Have the next draft of this process tell the broker all, without what no longer is in the database."""
-        if isinstance(self.control, GuardControl):
-            self.control.distrust()
+        self.control.distrust()
 
     @property
     def begins_again(self) -> bool:
         """Whether the next draft of this process tells the broker all."""
-        return isinstance(self.control, GuardControl) and self.control.is_distrusted
+        return self.control.is_distrusted
 
     def knows_tenants(self, deadline: float) -> bool:
         """Return whether the broker can keep a second tenant apart; see ``broker.control.BrokerControl``."""
@@ -159,37 +134,10 @@ class BrokerProvisioning:
     def disconnect(
         self, device_ids: Sequence[str], deadline: float, *, revoked: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        """End the devices' sessions: connections are closed, queues and subscriptions discarded.
-
-        Take over each session with clean start (MQTT 5.0 section 3.1.4); a device without a session is not an error.
-        Call it only after ``enforce``, or the broker accepts the device again. If the control can, the retained
-        messages below the default topics of those in ``revoked`` are cleared, which has the prefix of each one's
-        topics. Raise ``BrokerUnavailable``.
-        """
+        """End the devices' sessions; see ``broker.control.BrokerControl``. Raise ``ValueError`` for another id."""
         for device_id in device_ids:
             check_device_id(device_id)
-        password = self.files.password()
-        try:
-            for start in range(0, len(device_ids), _DISCONNECTS_IN_FLIGHT):
-                with ExitStack() as stack:
-                    sessions = []
-                    for device_id in device_ids[start : start + _DISCONNECTS_IN_FLIGHT]:
-                        sock = connect_unix(self._settings.broker_socket, deadline)
-                        session = stack.enter_context(Session(sock, deadline))
-                        session.send_connect(device_id, PORTAL_USER, password)
-                        clears = self.control.clears_retained and device_id in revoked
-                        if clears:
-                            session.send_subscribe(f"{revoked[device_id]}/{device_id}/#")
-                        sessions.append((session, clears))
-                    for session, clears in sessions:
-                        if (reason := session.receive_connack()) != SUCCESS:
-                            raise BrokerUnavailable(password_refused(reason))
-                        if clears and session.receive_suback() >= FAILURE:
-                            log.error(
-                                "the broker did not clear a revoked device's retained messages: is its guard old?"
-                            )
-        except OSError as error:
-            raise unavailable(self._settings, error) from error
+        self.control.end_sessions(device_ids, deadline, revoked=revoked)
 
     def probe(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
         """Check that the broker refuses the revoked certificate as revoked, and accepts the good one.
@@ -198,7 +146,7 @@ class BrokerProvisioning:
         any process ended is remembered for ``probe_problem``.
         """
         try:
-            result = self._probe.run(certificates, deadline)
+            result = self.control.probe(certificates, deadline)
         except BrokerUnavailable as error:
             with contextlib.suppress(OSError):
                 replace_file(self._probe_file, error.detail.encode())
@@ -208,7 +156,7 @@ class BrokerProvisioning:
 
     def server_certificate(self, certificates: ProbeCertificates, deadline: float) -> bytes:
         """Return the certificate that the broker shows, DER, valid or not; raise ``BrokerUnavailable``."""
-        return self._probe.server_certificate(certificates.good, deadline)
+        return self.control.server_certificate(certificates, deadline)
 
     def probe_problem(self) -> str | None:
         """Return the sentence in which the last probe of any process failed, ``None`` if it did not."""
@@ -239,12 +187,7 @@ class BrokerProvisioning:
 
         It has what was changed before its start. Those that were changed later wait together.
         """
-        if self.control.narrows_at_once or changed_at.timestamp() < started_at(self._settings):
-            return False
-        try:
-            return self.control.waits(time.monotonic() + _HEALTH_SECONDS) is RestartReason.TOPICS
-        except BrokerUnavailable:
-            return False  # it reads all at its start
+        return self.control.lacks_change_of(changed_at)
 
     def follow_presence(self, deadline: float) -> PresenceReports | None:
         """Ask the broker to report who is connected; see ``broker.control.BrokerControl``."""
@@ -252,26 +195,25 @@ class BrokerProvisioning:
 
     def check_resumption(self, generation: int, certificates: ProbeCertificates, deadline: float) -> None:
         """Raise ``BrokerUnavailable`` while a device denied at ``generation`` might resume a TLS session."""
-        self.control.check_resumption(generation, lambda: self._probe.resumption(certificates.good, deadline))
+        self.control.check_resumption(generation, lambda: self.control.resumption(certificates, deadline))
 
     def reachable(self) -> bool:
-        """Return whether the broker answers the portal on its internal listener within a second."""
-        deadline = time.monotonic() + _HEALTH_SECONDS
-        try:
-            with Session(connect_unix(self._settings.broker_socket, deadline), deadline) as session:
-                return session.connect(client_id(), PORTAL_USER, self.files.password()) == SUCCESS
-        except (OSError, BrokerUnavailable):
-            return False
+        """Return whether the broker answers the portal within a second."""
+        return self.control.reachable()
 
     def is_stopped(self) -> bool:
         """Return whether certainly no broker runs, and not only one that is slow to answer."""
-        try:
-            connect_unix(self._settings.broker_socket, time.monotonic() + _HEALTH_SECONDS).close()
-        except (FileNotFoundError, ConnectionRefusedError):
-            return True
-        except OSError:
-            pass
-        return False
+        return self.control.is_stopped()
+
+
+def _control(settings: Settings, clock: Callable[[], datetime]) -> BrokerControl:
+    match settings.broker_control:
+        case ControlKind.GUARD:
+            return GuardControl(settings, clock)
+        case ControlKind.FILES:
+            return FilesControl(settings, clock)
+        case ControlKind.RABBITMQ:
+            raise SettingInvalid("PORTAL_BROKER_CONTROL=rabbitmq cannot be used yet: choose guard or files.")
 
 
 def _identity_of(probe: ProbeCertificate) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Protocol
 
 from broker.crl import NO_TENANTS, Trust
 from broker.folder import BrokerFolder
-from broker.probe import Resumption
+from broker.probe import ProbeCertificates, ProbeResult, Resumption
 from core.tenants import TenantOnBroker
 from core.topics import Topic
 
@@ -208,6 +209,48 @@ class BrokerControl(Protocol):
         answer or does not prove it by ``deadline`` (of ``time.monotonic``), ``BrokerNotEnforcing`` if it does not
         enforce what the portal decides.
         """
+
+    def end_sessions(
+        self, device_ids: Sequence[str], deadline: float, *, revoked: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """End the devices' sessions: connections are closed, queues and subscriptions discarded.
+
+        A device without a session is not an error. Call it only after ``enforce``, or the broker accepts the device
+        again. If it ``clears_retained``, the retained messages below the default topics of those in ``revoked`` are
+        cleared, which has the prefix of each one's topics. Raise ``BrokerUnavailable``.
+        """
+
+    def probe(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
+        """Check that the broker refuses the revoked certificate as revoked, and accepts the good one.
+
+        Raise ``BrokerNotEnforcing`` if it does not, ``BrokerUnavailable`` if it does not answer.
+        """
+
+    def server_certificate(self, certificates: ProbeCertificates, deadline: float) -> bytes:
+        """Return the certificate that the broker shows, DER, valid or not; raise ``BrokerUnavailable``."""
+
+    def resumption(self, certificates: ProbeCertificates, deadline: float) -> Resumption:
+        """Look by what the broker lets a TLS session be resumed; raise ``BrokerUnavailable``."""
+
+    def reachable(self) -> bool:
+        """Return whether the broker answers the portal within a second."""
+
+    def is_stopped(self) -> bool:
+        """Return whether certainly no broker runs, and not only one that is slow to answer."""
+
+    def distrust(self) -> None:
+        """Have the next draft tell the broker all, without what no longer is in the database."""
+
+    @property
+    def is_distrusted(self) -> bool:
+        """Whether the next draft tells the broker all because of ``distrust``, or of what was found damaged."""
+
+    def lacks_change_of(self, changed_at: datetime) -> bool:
+        """Return whether topics that were changed then may wait for a restart of the running broker."""
+
+    @property
+    def reads_certificate_at_start(self) -> bool:
+        """Whether a new server certificate is shown after a restart of the broker only."""
 
     def waits(self, deadline: float) -> RestartReason | None:
         """Return why a part of what was installed waits for a restart of the broker, ``None`` if none does.

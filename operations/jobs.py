@@ -156,6 +156,8 @@ def _restart_if_due(portal: Portal, served: bytes) -> None:
     if served == newest.public_bytes(Encoding.DER):
         settings.probe_ca_files[1].unlink(missing_ok=True)
         return
+    if not portal.broker.control.reads_certificate_at_start:
+        return
     if last is not None and abs(now - last) < RESTART_AGAIN_AFTER:
         return
     shown = x509.load_der_x509_certificate(served)

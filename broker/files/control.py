@@ -18,6 +18,7 @@ from broker.control import RestartReason
 from broker.crl import NO_TENANTS, Trust
 from broker.files.acl import NUMBER_TOPIC, REFUSED_TOPIC, VERSION_TOPIC, Acl, number_of, validate_acl
 from broker.folder import CA_FILE, CRL_FILE, CRLS_READ, BrokerFolder
+from broker.mosquitto import HEALTH_SECONDS, Mosquitto
 from broker.probe import Resumption
 from broker.process import run_command, signal_broker, started_at
 from broker.session import (
@@ -205,7 +206,7 @@ class FilesDraft:
         """Do nothing: the ACL in memory has all changes of a snapshot, and to add them again does no harm."""
 
 
-class FilesControl:
+class FilesControl(Mosquitto):
     """Writes the ACL, and sees by the topics that the portal is granted whether the broker has it.
 
     The broker reads its ACL at its start. Mosquitto 2.1 is told to read a new one; to 2.0 that would harm sessions
@@ -214,7 +215,7 @@ class FilesControl:
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
         self.files = BrokerFiles(settings, clock)
-        self._settings = settings
+        super().__init__(settings, self.files)
         self._clock = clock
         self._acl = self.access()
         self._generation = 0  # of the ACL in memory
@@ -243,6 +244,22 @@ class FilesControl:
     asks_whom_it_refuses = False
     narrows_at_once = False  # after the restart the broker asks before it hands over what it has kept for a session
     clears_retained = False  # the ACL gives the portal no device's topics
+    is_distrusted = False
+
+    def distrust(self) -> None:
+        """Do nothing: the ACL is written anew from what is in the database whenever that has changed."""
+
+    def lacks_change_of(self, changed_at: datetime) -> bool:
+        """Return whether topics may wait for a restart; see ``broker.control.BrokerControl``.
+
+        The broker has what was changed before its start. Those that were changed later wait together.
+        """
+        if changed_at.timestamp() < started_at(self._settings):
+            return False
+        try:
+            return self.waits(time.monotonic() + HEALTH_SECONDS) is RestartReason.TOPICS
+        except BrokerUnavailable:
+            return False  # it reads all at its start
 
     def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:
         """Do nothing: each installation gives the broker the CRLs."""

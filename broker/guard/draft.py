@@ -16,7 +16,7 @@ from core.errors import ProjectionInvalid
 from core.tenants import TenantOnBroker, overlapping
 
 if TYPE_CHECKING:
-    from broker.guard.control import GuardControl
+    from broker.guard.writing import JournalControl
 
 MAX_ISSUERS = 60_000  # hashes of CAs of all tenants, retired ones too; the guard takes 65,536
 log = logging.getLogger("portal.broker")
@@ -31,7 +31,7 @@ class GuardDraft(GuardAccess):
     lists_certificates = True
 
     def __init__(
-        self, control: GuardControl, prefixes: Sequence[str], writer: JournalAppend | NewJournal, since: int
+        self, control: JournalControl, prefixes: Sequence[str], writer: JournalAppend | NewJournal, since: int
     ) -> None:
         super().__init__(prefixes, writer, whole=since == 0)
         self.since = since
@@ -53,7 +53,7 @@ class GuardDraft(GuardAccess):
         elif known.prefix != tenant.prefix:
             self._control.distrust()
             raise ProjectionInvalid(f"The journal has another tenant of the name {tenant.name}; it is written again.")
-        self._control.check_guard_knows_tenants()
+        self._control.check_knows_tenants()
         lines = [journal.tenant_line(tenant.name, tenant.prefix)] if known is None or known.suspended else []
         lines += [journal.suspend_line(tenant.name)] if tenant.suspended else []
         self._tell(lines)
@@ -124,10 +124,11 @@ class GuardDraft(GuardAccess):
         self._urgent = self._urgent or urgent
 
     def puts_off_crls(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
-        """Return whether the guard can do without new CRLs, and no file needs to be repaired; see ``Draft``."""
+        """Return whether the broker can do without new CRLs, and no file needs to be repaired; see ``Draft``."""
         control = self._control
         return (
-            not self._urgent
+            control.publishes_crls
+            and not self._urgent
             and isinstance(self._journal, JournalAppend)
             and control.has_told(ca, tenants, self)
             and control.is_whole()
