@@ -17,13 +17,18 @@ from urllib.parse import parse_qsl
 
 from broker.guard.journal import MAX_LINE_BYTES, decode
 
-VHOST, EXCHANGE = "/", "amq.topic"
+EXCHANGE = "amq.topic"
 MAX_FORM_BYTES, MAX_FIELDS = 4096, 16
 _HEADER = re.compile(rb"portal-guard 1 [0-9]{1,19} 0")
 _LINE = re.compile(rb"([0-9]{1,19}) ([!-~][ -~]*)")
 
-# What an identity may do: filters, each as words, with "r", "w" or "rw"; None: the default topics.
-_Granted = Sequence[tuple[Sequence[str], str]] | None
+_FIRST = ""  # the tenant that no line names
+
+_Filter = tuple[Sequence[str], str]  # its words, with "r", "w" or "rw"
+_Grant = tuple[
+    str, Sequence[_Filter] | None
+]  # what an identity may do: its tenant, and filters; None: the default ones
+_ANY: _Filter = (("#",), "rw")
 
 
 def read_form(body: bytes) -> Mapping[str, str] | None:
@@ -66,6 +71,11 @@ def covers(granted: Sequence[str], asked: Sequence[str]) -> bool:
     return len(granted) == len(asked)
 
 
+def vhost_of(tenant: str | None) -> str:
+    """Return the vhost of a tenant's clients, ``None`` being the first one."""
+    return tenant or "/"
+
+
 class Answers:
     """The answers of one process, from the journal at ``path``, which is looked at for each.
 
@@ -82,7 +92,9 @@ class Answers:
         self._inode, self._end, self._seq, self._checksum = inode, 0, -1, 0
         self._header = b""  # names the epoch, for an inode that a new journal has again
         self._is_damaged = False
-        self._granted: dict[str, _Granted] = {}
+        self._prefixes: dict[str, str | None] = {_FIRST: self._prefix}  # of tenants, None of those suspended
+        self._defaults: dict[str, _Grant] = {}  # one for each tenant, which its devices share
+        self._granted: dict[str, _Grant] = {}
 
     def allows(self, question: str, form: Mapping[str, str]) -> bool:
         """Answer ``user``, ``vhost``, ``resource`` or ``topic``, each with its fields, by the journal as it is now."""
@@ -92,33 +104,24 @@ class Answers:
     def allows_as_read(self, question: str, form: Mapping[str, str]) -> bool:
         """Answer as ``allows`` does, by what was read of the journal; ``follow`` reads it."""
         identity = form.get("username", "")
-        if self._is_damaged or self._seq <= 0 or identity not in self._granted:
+        tenant, filters = self._granted.get(identity, (None, None))
+        prefix = None if tenant is None else self._prefixes.get(tenant)
+        if self._is_damaged or self._seq <= 0 or prefix is None:
+            return False
+        if question == "user":  # of a certificate: who gives a password, be it empty, may have that of another
+            return form.keys() == {"username"}
+        of_client = form.get("variable_map.client_id" if question == "topic" else "client_id")
+        if of_client != identity or form.get("vhost") != vhost_of(tenant):
             return False
         match question:
-            case "user":  # of a certificate: who gives a password, be it empty, may have the certificate of another
-                return form.keys() == {"username"}
             case "vhost":  # before a client takes over the session of another with the same client id
-                return form.get("vhost") == VHOST and form.get("client_id") == identity
+                return True
             case "resource":
-                return form.get("client_id") == identity and _is_own(identity, form)
+                return _is_own(identity, form)
             case "topic":
-                return form.get("variable_map.client_id") == identity and self._allows_topic(identity, form)
+                own = [_below(f"{prefix}/{identity}")] if filters is None else filters
+                return _allows_topic(own, _below(prefix) if tenant else _ANY, form)
         return False
-
-    def _allows_topic(self, identity: str, form: Mapping[str, str]) -> bool:
-        if (form.get("vhost"), form.get("resource"), form.get("name")) != (VHOST, "topic", EXCHANGE):
-            return False
-        permission = form.get("permission")
-        if permission not in ("read", "write"):
-            return False
-        asked = words_of(form.get("routing_key", ""), is_filter=permission == "read")
-        if asked is None:
-            return False
-        granted = self._granted[identity]
-        if granted is None:
-            own = words_of(f"{self._prefix}/{identity}/#", is_filter=True)
-            return own is not None and covers(own, asked)
-        return any(permission[0] in access and covers(words, asked) for words, access in granted)
 
     # --- The journal
 
@@ -163,18 +166,42 @@ class Answers:
 
     def _apply(self, words: Sequence[str]) -> None:
         match words:
-            case ["allow", identity]:
-                self._granted[identity] = None
-            case ["allow", identity, *filters] if not filters[0].startswith("in:"):
-                self._granted[identity] = [*filter(None, map(_filter, filters))]
-            case ["allow" | "deny" | "forget", identity, *_]:  # of another tenant: they share no cluster
+            case ["tenant", name, prefix]:
+                self._prefixes[name] = decode(prefix)
+            case ["suspend", name]:
+                self._prefixes[name] = None
+            case ["allow", identity, *rest]:
+                self._granted[identity] = self._grant(rest)
+            case ["deny" | "forget", identity, *_]:
                 self._granted.pop(identity, None)
+
+    def _grant(self, words: Sequence[str]) -> _Grant:
+        tenant, filters = _FIRST, words
+        if words and words[0].startswith("in:"):
+            tenant, filters = words[0].removeprefix("in:"), words[1:]
+        if filters:
+            return tenant, [*filter(None, map(_filter, filters))]
+        return self._defaults.setdefault(tenant, (tenant, None))
+
+
+def _below(topic: str) -> _Filter:
+    """Return what is below a topic, to be published and subscribed to."""
+    return words_of(f"{topic}/#", is_filter=True) or (), "rw"  # () covers nothing but what has no words
+
+
+def _allows_topic(granted: Sequence[_Filter], bounds: _Filter, form: Mapping[str, str]) -> bool:
+    """Tell whether what a client publishes or subscribes to is granted, and within the bounds of its tenant."""
+    permission = form.get("permission", "")
+    if (form.get("resource"), form.get("name")) != ("topic", EXCHANGE) or permission not in ("read", "write"):
+        return False
+    asked = words_of(form.get("routing_key", ""), is_filter=permission == "read")
+    if asked is None or not covers(bounds[0], asked):
+        return False
+    return any(permission[0] in access and covers(words, asked) for words, access in granted)
 
 
 def _is_own(identity: str, form: Mapping[str, str]) -> bool:
     """Tell whether a queue is the client's own, or an exchange the one of all topics."""
-    if form.get("vhost") != VHOST:
-        return False
     asked = form.get("resource"), form.get("name"), form.get("permission")
     queues = (f"mqtt-subscription-{identity}qos0", f"mqtt-subscription-{identity}qos1")
     match asked:
@@ -185,7 +212,7 @@ def _is_own(identity: str, form: Mapping[str, str]) -> bool:
     return False
 
 
-def _filter(text: str) -> tuple[Sequence[str], str] | None:
+def _filter(text: str) -> _Filter | None:
     """Return a filter of a line; ``None`` if it means more to RabbitMQ than to MQTT: a literal dot or asterisk."""
     access, _, encoded = text.partition(":")
     granted = decode(encoded)

@@ -145,8 +145,62 @@ def test_a_new_journal_takes_the_place_of_the_old_one(path: Path, answers: Answe
     assert answers.allows("user", {"username": OTHER})
 
 
-def test_a_client_of_another_tenant_is_not_known(path: Path, answers: Answers) -> None:
+# --- Tenants ---------------------------------------------------------------------------------------------------------
+
+
+def of_tenant(answers: Answers, key: str, permission: str = "write", vhost: str = "acme") -> bool:
+    return answers.allows("topic", {**topic(key, permission), "vhost": vhost})
+
+
+@pytest.fixture
+def acme(path: Path) -> None:
+    """A tenant, which has one device of its own, and one that belonged to nobody before."""
+    append(path, journal.tenant_line("acme", "acme/devices"), journal.allow_line(OWN, tenant="acme"))
+
+
+@pytest.mark.usefixtures("acme")
+def test_a_client_of_a_tenant_is_let_into_the_vhost_of_that_alone(answers: Answers) -> None:
+    assert answers.allows("user", {"username": OWN})
+    for vhost, allowed in (("acme", True), ("/", False), ("other", False), ("", False)):
+        assert answers.allows("vhost", {"username": OWN, "vhost": vhost, "client_id": OWN}) is allowed
+        assert answers.allows("resource", {**of_queue(f"mqtt-subscription-{OWN}qos1"), "vhost": vhost}) is allowed
+        assert of_tenant(answers, f"acme.devices.{OWN}.a", vhost=vhost) is allowed
+    assert not answers.allows("vhost", {"username": OTHER, "vhost": "acme", "client_id": OTHER})  # the first tenant's
+
+
+@pytest.mark.usefixtures("acme")
+def test_a_client_of_a_tenant_has_its_topics_below_the_prefix_of_that(path: Path, answers: Answers) -> None:
+    assert of_tenant(answers, f"acme.devices.{OWN}.a")
+    assert not of_tenant(answers, f"devices.{OWN}.a")
+    append(path, journal.allow_line(OWN, [("acme/devices/+/a", Access.READ), ("#", Access.WRITE)], tenant="acme"))
+    assert of_tenant(answers, "acme.devices.*.a", "read")
+    assert of_tenant(answers, "acme.devices.x")
+    assert not of_tenant(answers, f"devices.{OTHER}.a")
+    assert not of_tenant(answers, "acme.other.a")
+
+
+@pytest.mark.usefixtures("acme")
+def test_of_a_suspended_tenant_nobody_is_allowed_anything(path: Path, answers: Answers) -> None:
+    append(
+        path, journal.suspend_line("acme"), journal.allow_line(OWN, [("acme/devices/x", Access.WRITE)], tenant="acme")
+    )
+    assert not answers.allows("user", {"username": OWN})
+    assert not answers.allows("vhost", {"username": OWN, "vhost": "acme", "client_id": OWN})
+    assert not of_tenant(answers, "acme.devices.x")
+    assert answers.allows("user", {"username": OTHER})
+    append(path, journal.tenant_line("acme", "acme/devices"))
+    assert of_tenant(answers, "acme.devices.x")
+
+
+def test_a_client_of_a_tenant_that_is_not_known_is_allowed_nothing(path: Path, answers: Answers) -> None:
     append(path, journal.allow_line(OWN, tenant="acme"))
+    assert not answers.allows("user", {"username": OWN})
+
+
+@pytest.mark.usefixtures("acme")
+def test_who_left_a_tenant_is_denied(path: Path, answers: Answers) -> None:
+    assert answers.allows("user", {"username": OWN})
+    append(path, journal.deny_line(OWN, tenant="acme"))
     assert not answers.allows("user", {"username": OWN})
 
 
