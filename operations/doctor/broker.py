@@ -50,7 +50,7 @@ def broker_files(installation: Installation) -> Finding:
 def acl_entries(installation: Installation) -> Finding:
     """Check that the ACL, or the guard's journal, grants each active device its topics, and nobody else anything."""
     settings = installation.settings
-    if settings.broker_control is ControlKind.GUARD:
+    if settings.broker_control.by_journal:
         return _journal_entries(installation)
     expected_acl, pending = Acl(settings.acl_style, settings.topic_prefix), set()
     with installation.between_reconciliations():

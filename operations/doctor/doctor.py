@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 from config import Settings
+from core.broker_control import ControlKind
 from core.errors import PortalError
-from operations.doctor import authority, broker, data, keys, mail, mosquitto, network, outer, service, sign_on
+from operations.doctor import authority, broker, data, keys, mail, mosquitto, network, outer, rabbitmq, service, sign_on
 from operations.doctor.base import Finding, Installation, State, problem
 
 log = logging.getLogger("portal.doctor")
@@ -36,6 +37,8 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("front server", network.front_server),
     ("broker address", network.broker_address),
     ("broker", broker.broker),
+    ("RabbitMQ nodes", rabbitmq.nodes),
+    ("RabbitMQ answers", rabbitmq.answers),
     ("broker version", mosquitto.broker_version),
     ("broker service", service.broker_service),
     ("broker configuration", mosquitto.broker_configuration),
@@ -53,6 +56,9 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("identity provider", sign_on.identity_provider),
 )
 
+_OF_RABBITMQ = frozenset(("RabbitMQ nodes", "RabbitMQ answers"))
+_OF_MOSQUITTO = frozenset(("broker", "broker version", "broker service", "broker configuration"))
+
 
 def examine(
     settings: Settings,
@@ -64,7 +70,8 @@ def examine(
     """Yield the finding of each check; ``broker_config`` is the broker's configuration if it is not to be searched."""
     installation = Installation(settings, clock, broker_config)
     try:
-        for name, check in checks:
+        of_another = _OF_MOSQUITTO if settings.broker_control is ControlKind.RABBITMQ else _OF_RABBITMQ
+        for name, check in [named for named in checks if named[0] not in of_another]:
             yield dataclasses.replace(_result(check, installation), name=name)
     finally:
         installation.close()

@@ -1,0 +1,118 @@
+"""Checks of a RabbitMQ cluster: whether its nodes run, what they listen on and how, and that they are answered."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import ssl
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from broker.rabbitmq.management import Management, password_of
+from core.errors import BrokerUnavailable
+from core.rabbitmq_nodes import RabbitmqNode
+from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine
+
+OLDEST = (3, 10)
+PLUGINS = ("rabbitmq_auth_backend_cache", "rabbitmq_auth_backend_http", "rabbitmq_management", "rabbitmq_mqtt")
+MQTT = "mqtt/ssl"
+_SERVED = (MQTT, "clustering", "http", "https", "http/prometheus", "https/prometheus")
+_TLS = {"verify": "verify_peer", "fail_if_no_peer_cert": True, "crl_check": "peer", "reuse_sessions": False}
+_COMPARE = "Compare the node's configuration with that in rabbitmq/ of the portal, then restart the node."
+_START = "Start the node, or see its log, PORTAL_RABBITMQ_NODES and PORTAL_RABBITMQ_USER."
+_ANSWER = (
+    "Check that the portal runs, PORTAL_RABBITMQ_BIND and PORTAL_RABBITMQ_URL, and that the folder is the one that the"
+    " node reads; the portal writes its files again."
+)
+_MAX_BYTES = 1000
+_NOBODY = "00000000-0000-0000-0000-000000000000"
+
+
+def nodes(installation: Installation) -> Finding:
+    """Check that each node runs, with the plugins and listeners that it needs and no others, and without alarms."""
+    settings = installation.settings
+    found, seen, password = Findings(), list[str](), password_of(settings)
+    for node in settings.rabbitmq_nodes:
+        with contextlib.closing(Management(node, settings.rabbitmq_user, password)) as management:
+            try:
+                overview = management.get("/api/overview", time.monotonic() + SECONDS)
+                states = management.get("/api/nodes", time.monotonic() + SECONDS)
+                seen.append(examine(node, overview, states, found))
+            except BrokerUnavailable as error:
+                found.problem(error.detail, _START)
+            except (TypeError, KeyError, AttributeError, ValueError):
+                found.problem(f"The management API of {node.name} answers otherwise than RabbitMQ's.", _START)
+    return combine(found, f"{', '.join(seen)} run as they must.")
+
+
+def examine(node: RabbitmqNode, overview: Mapping[str, Any], states: Sequence[Any], found: Findings) -> str:
+    """Add what is wrong with a node by what it says; return its name and version."""
+    version = str(overview["rabbitmq_version"])
+    if tuple(map(int, re.findall(r"[0-9]+", version)[:2])) < OLDEST:
+        found.problem(f"{node.name} is RabbitMQ {version[:20]}.", "Upgrade it to 3.10 or later.")
+    if overview["node"] != node.name:
+        said = f"The node at {node.management} is {str(overview['node'])[:80]}, not {node.name}."
+        found.problem(said, "Correct PORTAL_RABBITMQ_NODES.")
+    by_name = {state["name"]: state for state in states}
+    state = by_name.get(node.name, {"running": False})
+    if not state.get("running"):
+        found.problem(f"{node.name} does not run in its cluster.", _START)
+        return f"{node.name} ({version[:20]})"
+    for alarm, what in (("mem_alarm", "memory"), ("disk_free_alarm", "disk space")):
+        if state[alarm]:
+            said = f"{node.name} is short of {what}, and accepts no messages."
+            found.problem(said, f"Give it more {what}, or see why its queues grow.")
+    if state["partitions"]:
+        found.problem(f"{node.name} has lost sight of other nodes, and did not follow them.", "Restart it.")
+    if missing := sorted({*PLUGINS} - {*state["enabled_plugins"]}):
+        found.problem(f"{node.name} runs without {', '.join(missing)}.", _COMPARE)
+    _examine_listeners(node, [one for one in overview["listeners"] if one["node"] == node.name], found)
+    return f"{node.name} ({version[:20]})"
+
+
+def _examine_listeners(node: RabbitmqNode, listeners: Sequence[Mapping[str, Any]], found: Findings) -> None:
+    others = sorted({str(one["protocol"]) for one in listeners} - {*_SERVED})
+    if others:
+        found.problem(f"{node.name} serves {', '.join(others)[:80]}, too, where no certificate is asked for.", _COMPARE)
+    mqtt = [one for one in listeners if one["protocol"] == MQTT]
+    if not mqtt:
+        found.problem(f"{node.name} has no listener for MQTT over TLS.", _COMPARE)
+    for one in mqtt:
+        options = one["socket_opts"]
+        wrong = [name for name, wanted in _TLS.items() if options.get(name) != wanted]
+        if wrong:
+            found.problem(f"{node.name} serves MQTT at port {one['port']} with another {', '.join(wrong)}.", _COMPARE)
+
+
+def answers(installation: Installation) -> Finding:
+    """Check that the portal answers at PORTAL_RABBITMQ_URL, each node by the files that it reads."""
+    settings, found = installation.settings, Findings()
+    for folder in dict.fromkeys(node.folder or settings.broker_dir for node in settings.rabbitmq_nodes):
+        try:
+            said = _asked(settings.rabbitmq_url, folder)
+        except OSError as error:
+            why = error.strerror or str(error) or type(error).__name__
+            found.problem(f"With the files in {folder} nobody answers at {settings.rabbitmq_url} ({why}).", _ANSWER)
+            continue
+        if said != "deny":
+            found.problem(f"With the files in {folder} the answer at {settings.rabbitmq_url} is: {said}", _ANSWER)
+    return combine(found, f"Questions are answered at {settings.rabbitmq_url}.")
+
+
+def _asked(url: str, folder: Path) -> str:
+    """Return the answer about a client that is none; raise ``OSError``."""
+    parts = urlsplit(url)
+    context = ssl.create_default_context(cafile=folder / "portal-ca.pem")
+    context.load_cert_chain(folder / "node.pem", folder / "node.key")
+    connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=SECONDS, context=context)
+    try:
+        connection.request("POST", f"{parts.path}/broker/rabbitmq/user", f"username={_NOBODY}")
+        return connection.getresponse().read(_MAX_BYTES).decode("utf-8", "replace")
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"not an HTTP response ({type(error).__name__})") from error
+    finally:
+        connection.close()
