@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from core.broker_control import AclStyle, ControlKind, default_control, installed_style
 from core.errors import SettingInvalid
 from core.given_settings import gathered, sentences, variable_of
-from core.rabbitmq_nodes import RabbitmqNode, parse_rabbitmq_nodes
+from core.rabbitmq_nodes import RabbitmqNode, parse_rabbitmq_nodes, parse_tenant_ports
 from core.setting_values import (
     UNIX_SOCKET_PATH_LIMIT,
     Address,
@@ -283,6 +283,9 @@ class Settings(BaseSettings):
     rabbitmq_nodes: Annotated[tuple[RabbitmqNode, ...], PlainValidator(parse_rabbitmq_nodes)] = setting(
         "", "Nodes of RabbitMQ, as JSON: a list of objects with name, mqtt, management and folder"
     )
+    rabbitmq_tenant_ports: Annotated[Mapping[str, int], PlainValidator(parse_tenant_ports)] = setting(
+        "", "Listeners of RabbitMQ for further tenants, as JSON: an object with the port of each tenant"
+    )
     rabbitmq_user: Text = setting("portal", "The portal's user at RabbitMQ's management API")
     rabbitmq_password_file: OptionalPath = setting("", "File with that user's password, which no others may read")
     rabbitmq_cache_seconds: Annotated[float, seconds(0, 2)] = setting(
@@ -465,6 +468,9 @@ class Settings(BaseSettings):
             given = [name for name in needed if name not in missing]
             said = f"{variable_of(given[0])} needs PORTAL_BROKER_CONTROL=rabbitmq."
             raise SettingInvalid(said, "broker_control", *given)
+        if {self.mqtt_port, *(node.mqtt.port for node in self.rabbitmq_nodes)} & {*self.rabbitmq_tenant_ports.values()}:
+            said = "PORTAL_RABBITMQ_TENANT_PORTS must have other ports than PORTAL_MQTT_PORT and PORTAL_RABBITMQ_NODES."
+            raise SettingInvalid(said, "rabbitmq_tenant_ports", "mqtt_port", "rabbitmq_nodes")
         return self
 
     @property
@@ -476,8 +482,12 @@ class Settings(BaseSettings):
 
     @property
     def broker_addresses(self) -> tuple[Address, ...]:
-        """Where devices reach the broker, as bundles and ``/.well-known/onboarding/config`` say."""
+        """Where devices of the first tenant reach the broker, as bundles and ``/.well-known/onboarding/config`` say."""
         return (Address(self.mqtt_host, self.mqtt_port),)
+
+    def broker_addresses_of(self, tenant_id: str) -> tuple[Address, ...]:
+        """Return where devices of a tenant reach the broker: a RabbitMQ has a listener for each."""
+        return (Address(self.mqtt_host, self.rabbitmq_tenant_ports.get(tenant_id, self.mqtt_port)),)
 
     @property
     def probe_addresses(self) -> tuple[Address, ...]:

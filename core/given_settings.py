@@ -36,7 +36,11 @@ SEPARATORS = {
     **dict.fromkeys(("mail_from", "mail_to"), ","),
     **dict.fromkeys(("ca_keys", "root_keys", "oidc_scopes"), " "),
 }
-TABLES = ("oidc_groups", "rabbitmq_nodes")  # JSON in the environment, may be tables in the file
+TABLES = (
+    "oidc_groups",
+    "rabbitmq_nodes",
+    "rabbitmq_tenant_ports",
+)  # JSON in the environment, may be tables in the file
 # The operator's commands and the tests read these; they may be in the server's environment, too.
 OTHER_VARIABLES = frozenset(
     [

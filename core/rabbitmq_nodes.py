@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from core.setting_values import Address, is_loopback, parse_address, parse_path, parse_url
+from core.tenants import check_tenant_name
 
 MAX_NODES = 32
 _KEYS = {"name", "mqtt", "management", "folder"}
@@ -28,6 +30,10 @@ class RabbitmqNode(NamedTuple):
     mqtt: Address
     management: str
     folder: Path | None
+
+
+MAX_TENANT_PORTS = 1000
+_PORTS_SYNTAX = 'must be a JSON object of tenants, each with the port of its listener, such as {"acme": 8884}'
 
 
 def parse_rabbitmq_nodes(value: str) -> tuple[RabbitmqNode, ...]:
@@ -78,3 +84,26 @@ def _checked(read: Mapping[str, Any]) -> RabbitmqNode:
     if folder is not None and folder[0] not in "/~":
         raise ValueError(f"has a node {name} whose folder is no absolute path")
     return RabbitmqNode(name, mqtt, management, None if folder is None else parse_path(folder))
+
+
+def parse_tenant_ports(value: str) -> Mapping[str, int]:
+    """Return the port of each tenant's listener, from a JSON object; empty stays empty.
+
+    Raises ``ValueError`` with the end of a sentence that begins with the name of the setting.
+    """
+    try:
+        read = json.loads(value) if value else {}
+    except (ValueError, RecursionError):
+        raise ValueError(_PORTS_SYNTAX) from None
+    if not isinstance(read, dict) or len(read) > MAX_TENANT_PORTS:
+        raise ValueError(_PORTS_SYNTAX)
+    for name, port in read.items():
+        if type(port) is not int or not 0 < port < 1 << 16:
+            raise ValueError(_PORTS_SYNTAX)
+        try:
+            check_tenant_name(name)
+        except ValueError as error:
+            raise ValueError(f"has a tenant whose name {error}") from None
+    if len({*read.values()}) < len(read):
+        raise ValueError("must have tenants each of which has its own port")
+    return MappingProxyType(read)

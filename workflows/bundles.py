@@ -136,7 +136,7 @@ class Bundles:
     ) -> bytes:
         first = (topics or default_topics(tenant.topic_prefix))[0]
         example, reads = first.filter.replace(DEVICE_ID, certificate.device_id), first.access is Access.READ
-        broker = self._settings.broker_addresses[0]
+        broker = self._settings.broker_addresses_of(tenant.id)[0]
         credentials = credential_delivery.Credentials(
             device_id=certificate.device_id,
             key_pem=key_pem,

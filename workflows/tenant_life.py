@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 
 import db
 from config import Settings
+from core.broker_control import ControlKind
 from core.errors import FieldProblem, GuardNeeded, InputInvalid, PortalError, StateConflict
 from core.failpoints import failpoint
 from core.roles import Role
@@ -34,6 +35,10 @@ log = logging.getLogger("portal.tenants")
 
 MAX_PREFIX = 256  # characters
 GUARD_NEEDED = "Only the guard in the broker can keep tenants apart: set PORTAL_BROKER_CONTROL=guard first."
+PORT_NEEDED = (
+    "RabbitMQ keeps tenants apart by a listener for each: add one to the configuration of each node, restart it, set"
+    ' PORTAL_RABBITMQ_TENANT_PORTS, such as {{"{0}": 8884}}, and start the portal again.'
+)
 GUARD_TOO_OLD = "The guard in the broker does not know tenants: install its plugin of this version, restart the broker."
 
 
@@ -122,7 +127,7 @@ class Tenants:
         return AddedTenant(self.applied(record, generation), kept.token, kept.expires_at, problem)
 
     def _add(self, actor: Actor, wanted: NewTenant, sealed: Sealed | None) -> tuple[_Kept, int]:
-        self._check_broker()
+        self._check_broker(wanted.name)
         now = self._clock()
         secret, token = new_token(wanted.name, "first admin", Role.ADMIN, now + FIRST_TOKEN_LIFE, now=now)
         kept = _Kept(secret, now + FIRST_TOKEN_LIFE)
@@ -146,9 +151,12 @@ class Tenants:
         failpoint("tenant_add.after_commit")
         return kept, generation
 
-    def _check_broker(self) -> None:
-        if not self._settings.broker_control.by_journal:
+    def _check_broker(self, name: str) -> None:
+        kind = self._settings.broker_control
+        if not kind.by_journal:
             raise GuardNeeded(GUARD_NEEDED)
+        if kind is ControlKind.RABBITMQ and name not in self._settings.rabbitmq_tenant_ports:
+            raise GuardNeeded(PORT_NEEDED.format(name))
         if not self._broker_knows_tenants():
             raise GuardNeeded(GUARD_TOO_OLD)
 

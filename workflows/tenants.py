@@ -13,6 +13,7 @@ from datetime import datetime
 from sqlalchemy.engine import Connection
 
 from config import Settings
+from core.broker_control import ControlKind
 from core.errors import NotFound, PortalError, StartupError, TenantSuspended, TooManyRegistrations
 from core.rates import Rates, Taken
 from core.tenants import Quotas, TenantOnBroker, TenantStatus, overlapping
@@ -67,6 +68,11 @@ def check_tenants(settings: Settings, records: Sequence[TenantRecord]) -> None:
         raise StartupError(
             f"There are further tenants ({', '.join(there[:3])}), which only the guard in the broker keeps apart: set"
             " PORTAL_BROKER_CONTROL=guard."
+        )
+    without = sorted({*there} - settings.rabbitmq_tenant_ports.keys())
+    if without and settings.broker_control is ControlKind.RABBITMQ:
+        raise StartupError(
+            f"RabbitMQ has no listener for the tenants {', '.join(without[:3])}: set PORTAL_RABBITMQ_TENANT_PORTS."
         )
     for record in others:
         if (taken := overlapping(str(record.topic_prefix), settings.application_prefixes)) is not None:

@@ -79,6 +79,7 @@ VALUES: dict[str, Any] = {
     "broker_group": "mosquitto",
     "enforce_timeout": 2,
     "rabbitmq_nodes": '[{"name": "rabbit@a", "mqtt": "a.example.com:8883", "management": "http://127.0.0.1:15672"}]',
+    "rabbitmq_tenant_ports": '{"acme": 8884}',
     "rabbitmq_user": "onboarding",
     "rabbitmq_password_file": "/etc/portal/rabbitmq.password",
     "rabbitmq_cache_seconds": 0.5,

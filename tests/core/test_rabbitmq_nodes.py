@@ -11,7 +11,7 @@ import pytest
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import SettingInvalid
-from core.rabbitmq_nodes import RabbitmqNode, parse_rabbitmq_nodes
+from core.rabbitmq_nodes import RabbitmqNode, parse_rabbitmq_nodes, parse_tenant_ports
 from core.setting_values import Address
 
 NODE = {"name": "rabbit@a", "mqtt": "a.example.org:8883", "management": "https://a.example.org:15671"}
@@ -55,6 +55,29 @@ def test_another_value_is_refused_with_what_is_wrong(value: Any, said: str) -> N
     assert "secret" not in str(caught.value)
 
 
+def test_each_further_tenant_has_a_port() -> None:
+    assert parse_tenant_ports('{"acme": 8884, "beta": 8885}') == {"acme": 8884, "beta": 8885}
+    assert parse_tenant_ports("") == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[]",
+        "{",
+        '{"acme": "8884"}',
+        '{"acme": 0}',
+        '{"acme": 65536}',
+        '{"acme": true}',
+        '{"Acme": 1}',
+        '{"a": 1, "b": 1}',
+    ],
+)
+def test_ports_of_something_else_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"^(must|has)"):
+        parse_tenant_ports(value)
+
+
 CLUSTER = {
     "PORTAL_BROKER_CONTROL": "rabbitmq",
     "PORTAL_RABBITMQ_NODES": json.dumps([NODE]),
@@ -72,6 +95,7 @@ CLUSTER = {
         ({**CLUSTER, "PORTAL_RABBITMQ_BIND": "0.0.0.0:8445"}, "PORTAL_RABBITMQ_URL must be set"),
         ({**CLUSTER, "PORTAL_RABBITMQ_BIND": "127.0.0.1:8443"}, "PORTAL_RABBITMQ_BIND must be another address"),
         ({**CLUSTER, "PORTAL_RABBITMQ_CACHE_SECONDS": "3"}, "from 0 to 2"),
+        ({**CLUSTER, "PORTAL_RABBITMQ_TENANT_PORTS": '{"acme": 8883}'}, "must have other ports than PORTAL_MQTT_PORT"),
     ],
 )
 def test_a_cluster_is_described_whole_or_not_at_all(environment: dict[str, str], said: str) -> None:
@@ -84,6 +108,12 @@ def test_a_cluster_is_asked_by_the_names_of_the_docs() -> None:
     assert settings.rabbitmq_url == "https://127.0.0.1:8445"
     assert (settings.rabbitmq_user, settings.rabbitmq_cache_seconds, settings.mqtt_tls) == ("portal", 1, "1.2")
     assert settings.broker_control.by_journal
+
+
+def test_devices_of_a_tenant_are_told_its_port() -> None:
+    settings = Settings.from_env({**CLUSTER, "PORTAL_RABBITMQ_TENANT_PORTS": '{"acme": 8884}'})
+    assert settings.broker_addresses_of("acme") == (Address("localhost", 8884),)
+    assert settings.broker_addresses_of("default") == settings.broker_addresses == (Address("localhost", 8883),)
 
 
 def test_nodes_may_be_tables_of_the_file(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def _told(call: Call, holder: DeviceClient) -> DeviceConfiguration:
         client_id=holder.device_id,
         kind="application" if holder.kind is ClientKind.APPLICATION else "device",
         name=details.device.name,
-        brokers=[BrokerModel(host=one.host, port=one.port) for one in settings.broker_addresses],
+        brokers=[BrokerModel(host=one.host, port=one.port) for one in settings.broker_addresses_of(holder.tenant_id)],
         tls=TlsModel.model_validate(
             {
                 "ca": broker_trust(settings, call.portal.authority.of(holder.tenant_id).ca_pem),

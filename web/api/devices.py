@@ -475,7 +475,10 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
         device_id=details.device.id,
         topics=[TopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
         **broker_state(details),
-        brokers=[BrokerModel(host=one.host, port=one.port) for one in call.portal.settings.broker_addresses],
+        brokers=[
+            BrokerModel(host=one.host, port=one.port)
+            for one in call.portal.settings.broker_addresses_of(details.device.tenant_id)
+        ],
         connection=connection_model(details.connection),
         groups=list(details.groups),
         topics_group=details.topics_group,
