@@ -22,6 +22,10 @@ MAX_FORM_BYTES, MAX_FIELDS = 4096, 16
 _HEADER = re.compile(rb"portal-guard 1 [0-9]{1,19} 0")
 _LINE = re.compile(rb"([0-9]{1,19}) ([!-~][ -~]*)")
 
+# What a node asks by if a client has a certificate and neither name nor password: 3.10, and 4.3. 4.0 names the password
+# "none", as a client may that gives the name of another, so that nobody is admitted there.
+_OF_CERTIFICATE = ({"username"}, {"username", "vhost", "client_id"})
+
 _FIRST = ""  # the tenant that no line names
 
 _Filter = tuple[Sequence[str], str]  # its words, with "r", "w" or "rw"
@@ -109,7 +113,7 @@ class Answers:
         if self._is_damaged or self._seq <= 0 or prefix is None:
             return False
         if question == "user":  # of a certificate: who gives a password, be it empty, may have that of another
-            return form.keys() == {"username"}
+            return form.keys() in _OF_CERTIFICATE
         of_client = form.get("variable_map.client_id" if question == "topic" else "client_id")
         if of_client != identity or form.get("vhost") != vhost_of(tenant):
             return False

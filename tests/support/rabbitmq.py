@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -25,7 +26,8 @@ from tests.support.mosquitto import short_folder
 from tests.support.ports import free_port
 
 CONFIGURATION = Path(__file__).parents[2] / "rabbitmq"
-SERVER = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+# What starts a node: Debian's program, or another version's with what runs it, such as a chroot.
+SERVER = shlex.split(os.environ.get("PORTAL_TEST_RABBITMQ", "/usr/lib/rabbitmq/bin/rabbitmq-server"))
 INSTALLED_FOLDER, INSTALLED_ANSWERS = "/etc/rabbitmq/portal", "https://portal.example.org:8444"
 USER = "portal-management"
 START_SECONDS, STOP_SECONDS = 90.0, 30.0
@@ -33,7 +35,7 @@ START_SECONDS, STOP_SECONDS = 90.0, 30.0
 
 def is_installed() -> bool:
     """Tell whether Debian's package is there; its service need not run, and should not."""
-    return Path(SERVER).exists()
+    return Path(SERVER[0]).exists()
 
 
 class Node:
@@ -66,7 +68,7 @@ class Node:
             cookie.chmod(0o400)
         with (self.folder / "stdout").open("ab") as output:
             self._process = subprocess.Popen(
-                [SERVER],
+                SERVER,
                 cwd=self.folder,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -166,8 +167,8 @@ def test_a_device_uses_its_own_topics_and_is_cut_off_at_another(installation: In
             client.publish("devices/another/state")
     with installation.client(node, credentials) as client:
         assert client.connect(identity) == 0
-        with pytest.raises(ConnectionError):
-            client.subscribe("devices/#")
+        with suppress(ConnectionError):  # 3.10 ends it, 4.3 answers
+            assert client.subscribe("devices/#") == 0x80
 
 
 def test_nobody_takes_the_name_or_the_session_of_another(installation: Installation) -> None:
@@ -176,7 +177,7 @@ def test_nobody_takes_the_name_or_the_session_of_another(installation: Installat
     _, of_other = installation.device()
     with installation.client(node, credentials) as client:
         assert client.connect(identity) == 0
-        for password in ("", "x"):
+        for password in (None, "", "x", "none"):
             with installation.client(node, of_other) as other:
                 assert other.connect(identity, username=identity, password=password) != 0
         with installation.client(node, of_other) as other:
