@@ -29,7 +29,7 @@ from store.scope import ALL_TENANTS
 from store.tables import DEFAULT_TENANT
 from workflows.authority.issuers import Authority
 from workflows.brokers import BrokerState, states_of
-from workflows.presence import ContactFile
+from workflows.connections import KnownContacts
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.readiness")
@@ -153,7 +153,7 @@ class Monitoring:
     _database: Database
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
-    _contact: ContactFile
+    _contacts: KnownContacts
     _tenants: TenantReadiness
 
     def gauges(self) -> list[Gauge]:
@@ -175,11 +175,14 @@ class Monitoring:
             return self._of_tenants(tx, tenant_id, self._clock())
 
     def _of_tenants(self, tx: Connection, tenant_id: str | None, now: datetime) -> list[Gauge]:
-        counts = counts_of(tx, now=now, within=list(EXPIRING.values()), tenant_id=tenant_id)
-        known, most = self._contact.read().is_current, self._settings.metrics_tenants
+        contacts, within = self._contacts.read(), list(EXPIRING.values())
+        counts = counts_of(tx, now=now, within=within, tenant_id=tenant_id, at_brokers=contacts.narrowed)
+        known, most = contacts.are_current, self._settings.metrics_tenants
         return [
-            *tenant_gauges(counts, max_tenants=most, now=now, connections_known=known),
-            _gauge("portal_connections_known", "1 if it is known which devices are connected, else 0.", known),
+            *tenant_gauges(counts, max_tenants=most, now=now, connections_known=bool(contacts.heard)),
+            _gauge(
+                "portal_connections_known", "1 if it is known of every broker which devices are connected to it.", known
+            ),
             *self._tenants_ready(tx, tenant_id, list(counts)),
         ]
 

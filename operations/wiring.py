@@ -39,6 +39,7 @@ from store.tenants import TokenRecord
 from workflows import events
 from workflows.agents.agents import BrokerAgents
 from workflows.agents.feed import AgentFeed
+from workflows.agents.presence import AgentPresences
 from workflows.attestation.appraisal import DeviceAttestations
 from workflows.attestation.nonces import AttestationNonces
 from workflows.attestation.policies import AttestationPolicies
@@ -53,6 +54,7 @@ from workflows.bulk.batch import Batches
 from workflows.bulk.processes import CredentialProcesses
 from workflows.bulk.upload import Bulk
 from workflows.bundles import Bundles
+from workflows.connections import KnownContacts
 from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries, KeptAnswers
 from workflows.devices import Inventory
@@ -131,6 +133,7 @@ class Portal:
     agents: BrokerAgents
     agent_feed: AgentFeed
     questioners: Questioners
+    agent_presences: AgentPresences
     own_certificates: OwnCertificates
     registrations: Registrations
     bulk: Bulk
@@ -162,6 +165,7 @@ class Portal:
     readiness: Readiness
     tenant_readiness: TenantReadiness
     monitoring: Monitoring
+    contacts: KnownContacts
     follower: PresenceFollower
     presence: ExitStack
     memory: JobMemory = field(default_factory=JobMemory)
@@ -199,6 +203,7 @@ class _Foundation:
     authority: Authority
     broker: BrokerProvisioning
     reconciler: Reconciler
+    own_broker_id: int
     link_keys: list[str]
     pepper: bytes
     sender: Sender
@@ -268,6 +273,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         authority=authority,
         broker=broker,
         reconciler=Reconciler(settings, database, authority, broker, probes, clock, first_tenant, own_broker.id),
+        own_broker_id=own_broker.id,
         link_keys=link_keys,
         pepper=pepper,
         sender=sender,
@@ -302,7 +308,7 @@ def _share(base: _Foundation) -> _Shared:
         credentials=CredentialIssuer(settings, base.authority, bundles),
         answers=KeptAnswers(database, base.pepper, clock),
         clients=TlsClients(settings, database, base.authority, clock),
-        follower=PresenceFollower(settings, database, base.broker, clock),
+        follower=PresenceFollower(settings, database, base.broker, base.own_broker_id, clock),
         throttle=attempts,
         rates=TenantRates(Rates(_pages(base, "rates", rates.LAYOUT)), clock),
         nonces=nonces,
@@ -322,6 +328,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
     authority, reconciler, shared = base.authority, base.reconciler, _share(base)
     tenant_terms = base.tenant_terms
     credentials, answers, follower = shared.credentials, shared.answers, shared.follower
+    contacts = KnownContacts(database, follower.contact, base.own_broker_id, clock)
     return Portal(
         settings=settings,
         clock=clock,
@@ -341,6 +348,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         broker=base.broker,
         reconciler=reconciler,
         agents=BrokerAgents(settings, database, authority, reconciler, clock, first_tenant),
+        agent_presences=AgentPresences(database, clock),
         agent_feed=AgentFeed(settings, database, authority, reconciler.crls, clock),
         questioners=(questioners := Questioners(settings, database, authority, clock, first_tenant)),
         own_certificates=OwnCertificates(
@@ -368,7 +376,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         attestation_policies=AttestationPolicies(database),
         reappraisals=Reappraisals(database, clock),
         inventory=Inventory(
-            settings, database, tenant_terms, reconciler.crls.sign_put_off, follower.contact, base.broker, clock
+            settings, database, tenant_terms, reconciler.crls.sign_put_off, contacts, base.broker, clock
         ),
         overviews=Overviews(database, clock),
         operators=(operators := Operators(database, shared.throttle, clock, answers)),
@@ -381,7 +389,8 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         responder=_responder(base),
         readiness=Readiness(settings, database, authority, reconciler, clock),
         tenant_readiness=(tenant_readiness := TenantReadiness(database, authority, clock)),
-        monitoring=Monitoring(settings, database, reconciler, clock, follower.contact, tenant_readiness),
+        monitoring=Monitoring(settings, database, reconciler, clock, contacts, tenant_readiness),
+        contacts=contacts,
         follower=follower,
         presence=presence.pop_all(),
     )

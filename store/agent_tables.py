@@ -16,7 +16,9 @@ class BrokerAgent(Base):
     ``code_hash`` is the SHA-256, in hex, of the code with which it joins once. ``certificate`` is the fingerprint of
     the certificate that counts, ``next_certificate`` that of its successor, which counts once it is shown. ``given`` is
     the newest page that it was sent, ``held`` the one before, which it has shown to have: each a generation, the digest
-    of the page, and whether that was the last one up to the generation.
+    of the page, and whether that was the last one up to the generation. ``presence_session`` names the whole set of
+    clients that it has begun to tell last, to which all changes belong that follow, ``presence_number`` the newest
+    report of it.
     """
 
     __tablename__ = "broker_agents"
@@ -40,3 +42,5 @@ class BrokerAgent(Base):
     given_generation: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
     given_digest: Mapped[str] = mapped_column(sa.String(64), default="", server_default="")
     given_is_last: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
+    presence_session: Mapped[str] = mapped_column(sa.String(32), default="", server_default="")
+    presence_number: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")

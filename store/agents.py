@@ -35,6 +35,7 @@ class AgentRecord:
     joined_at: datetime | None
     certificate: str | None
     next_certificate: str | None
+    presence_session: str
     held: Given
     given: Given
 
@@ -54,6 +55,7 @@ _AGENT = sa.select(
     Broker.joined_at,
     BrokerAgent.certificate,
     BrokerAgent.next_certificate,
+    BrokerAgent.presence_session,
     BrokerAgent.held_generation,
     BrokerAgent.held_digest,
     BrokerAgent.held_is_last,
@@ -71,10 +73,10 @@ _BY_ID = _AGENT.where(Broker.id == sa.bindparam("broker_id"))
 
 
 def _record(row: Sequence[Any]) -> AgentRecord:
-    first, held, given = row[:7], row[7:10], row[10:]
-    broker_id, name, address, applied, joined_at, certificate, following = first
+    first, held, given = row[:8], row[8:11], row[11:]
+    broker_id, name, address, applied, joined_at, certificate, following, session = first
     return AgentRecord(
-        broker_id, name, address, applied, joined_at, certificate, following, Given(*held), Given(*given)
+        broker_id, name, address, applied, joined_at, certificate, following, session, Given(*held), Given(*given)
     )
 
 
@@ -146,7 +148,26 @@ def give(tx: Connection, broker_id: int, *, held: Given, given: Given) -> bool:
 
 def begin_again(tx: Connection) -> None:
     """Give all agents everything anew: the database is not what it was when they were told, with all changes since."""
-    tx.execute(sa.update(BrokerAgent).values(held_digest="", given_digest=""))
+    tx.execute(sa.update(BrokerAgent).values(held_digest="", given_digest="", presence_session=""))
+
+
+def claim_presence(tx: Connection, broker_id: int, session: str, number: int, *, begins: bool) -> bool:
+    """Record the newest message of an agent about its broker's clients; return whether none before it counts more.
+
+    One that ``begins`` a session ends the one before.
+    """
+    is_newest = BrokerAgent.presence_number <= number
+    follows = sa.and_(BrokerAgent.presence_session == session, is_newest)
+    condition = sa.or_(BrokerAgent.presence_session != session, is_newest) if begins else follows
+    values = {"presence_session": session, "presence_number": number}
+    claimed = sa.update(BrokerAgent).where(BrokerAgent.broker_id == broker_id, condition).values(**values)
+    return tx.execute(claimed).rowcount == 1
+
+
+def heard_of_presence(tx: Connection, broker_id: int) -> datetime | None:
+    """Return when it was last known who is connected to the broker of an agent."""
+    at: datetime | None = tx.execute(sa.select(Broker.presence_at).where(Broker.id == broker_id)).scalar_one_or_none()
+    return at
 
 
 def _update(tx: Connection, broker_id: int, **values: object) -> None:

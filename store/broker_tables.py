@@ -42,3 +42,7 @@ class Broker(Base):
     # When it, or who tells it, was last heard of, and what was wrong then.
     reported_at: Mapped[datetime | None]
     problem: Mapped[str | None] = mapped_column(sa.String(1000))
+    # When it was last known who is connected to it, and whether it is known since. Of the broker of an only node that
+    # is in a file of its data folder.
+    presence_at: Mapped[datetime | None]
+    presence_known: Mapped[bool] = mapped_column(server_default=sa.false())

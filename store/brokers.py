@@ -41,6 +41,8 @@ class BrokerRecord:
     applied_at: datetime | None
     reported_at: datetime | None
     problem: str | None
+    presence_at: datetime | None
+    presence_known: bool
 
     @property
     def counts(self) -> bool:
@@ -196,7 +198,8 @@ def set_applied_generation(tx: Connection, broker_id: int, generation: int, *, a
 
 def forget_proofs_of_agents(tx: Connection, *, at: datetime) -> None:
     """Let the brokers of agents not be known to enforce anything: the database is an older one than they were told."""
-    tx.execute(sa.update(Broker).where(Broker.kind == BrokerKind.AGENT).values(applied_generation=0))
+    forgotten = {"applied_generation": 0, "presence_known": False}
+    tx.execute(sa.update(Broker).where(Broker.kind == BrokerKind.AGENT).values(**forgotten))
     _count_again(tx, at)
 
 
@@ -204,6 +207,12 @@ def set_problem(tx: Connection, broker_id: int, problem: str | None, *, at: date
     """Record that a broker was heard of, and what was wrong then."""
     cut = None if problem is None else problem[:1000]
     tx.execute(sa.update(Broker).where(Broker.id == broker_id).values(reported_at=at, problem=cut))
+
+
+def note_presence(tx: Connection, broker_id: int, *, at: datetime | None) -> None:
+    """Record that it is known now who is connected to a broker; with ``None`` that it is not any more."""
+    values = {"presence_known": False} if at is None else {"presence_at": at, "presence_known": True}
+    tx.execute(sa.update(Broker).where(Broker.id == broker_id).values(**values))
 
 
 _LEAST = sa.func.coalesce(

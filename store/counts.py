@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -40,9 +40,17 @@ class Counts:
 
 
 def counts_of(
-    tx: Connection, *, now: datetime, within: Sequence[timedelta], tenant_id: str | None = None
+    tx: Connection,
+    *,
+    now: datetime,
+    within: Sequence[timedelta],
+    tenant_id: str | None = None,
+    at_brokers: Collection[int] | None = None,
 ) -> dict[str, Counts]:
-    """Return the counts of a tenant, or of each; ``within`` are the times in which certificates expire."""
+    """Return the counts of a tenant, or of each; ``within`` are the times in which certificates expire.
+
+    Who is connected is counted at ``at_brokers``, ``None`` for all.
+    """
     entries = audit_numbers(tx)
     found = {name: Counts(audit_entries=entries[name]) for name in entries if tenant_id in (None, name)}
     every = sa.select(Tenant.id)
@@ -54,7 +62,7 @@ def counts_of(
 
     _count_clients(tx, of, found)
     _count_expiring(tx, of, found, now, within)
-    _count_rest(tx, of, found)
+    _count_rest(tx, of, found, at_brokers)
     return found
 
 
@@ -116,9 +124,11 @@ def _count_expiring(
             found[tenant_id].expiring[ClientKind.DEVICE, time] -= int(number)
 
 
-def _count_rest(tx: Connection, of: _Of, found: Mapping[str, Counts]) -> None:
+def _count_rest(tx: Connection, of: _Of, found: Mapping[str, Counts], at_brokers: Collection[int] | None) -> None:
     seen = sa.select(Presence.tenant_id, sa.func.count()).group_by(Presence.tenant_id)
     seen = seen.where(of(Presence.tenant_id), Presence.state == PresenceState.CONNECTED)
+    if at_brokers is not None:
+        seen = seen.where(Presence.broker_id.in_(sorted(at_brokers)))
     for tenant_id, number in tx.execute(seen):
         found[tenant_id].connected = number
     for tenant_id, number in tx.execute(seen.where(Presence.identity.in_(_applications(of)))):

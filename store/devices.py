@@ -159,6 +159,8 @@ class DeviceFilter:
     external_id: str | None = None
     profile: str | None = None
     connected: PresenceState | None = None
+    # Of those that are connected or offline: at these brokers alone, since others are not heard now; None for any.
+    at_brokers: frozenset[int] | None = None
     sort: str | None = None
     kind: ClientKind = ClientKind.DEVICE
     attested: str | None = None
@@ -182,6 +184,7 @@ class DeviceFilter:
         """Whether it has a condition that no index helps with: a part of a name, or what is so of most devices."""
         is_of_group = self.member_of is not None and not self.is_read_from_members
         searched = self.q is not None or self.metadata is not None or is_of_group or self.narrows_connection
+        searched |= self.narrows_brokers
         return searched or self.profile == DEFAULT or self.is_unattested
 
     @property
@@ -198,6 +201,11 @@ class DeviceFilter:
     def narrows_connection(self) -> bool:
         """Whether ``connected`` is a condition in another order than those of the connection."""
         return self.connected is not None and self.order not in BY_SEEN
+
+    @property
+    def narrows_brokers(self) -> bool:
+        """Whether it is one of connections, of which those at some brokers are left out."""
+        return self.at_brokers is not None and self.connected not in (None, PresenceState.NEVER_SEEN)
 
     @property
     def is_unattested(self) -> bool:
@@ -249,13 +257,16 @@ def list_devices(
     order, equal = _order_of(wanted), _equalities(tenant_id, wanted)
     lead, end = _reach(tx, tenant_id, wanted, order, equal, after)
     dates = (Certificate.not_after, Certificate.not_before)
-    query = sa.select(*DEVICE_COLUMNS, *dates, Presence.state, Presence.since).select_from(order.source)
+    seen = (Presence.broker_id, Presence.left_at, Presence.state, Presence.since)
+    query = sa.select(*DEVICE_COLUMNS, *dates, *seen).select_from(order.source)
     # The few applications have an index; among the devices they are passed over.
     query = query.where(IS_APPLICATION if wanted.kind is ClientKind.APPLICATION else Device.kind == ClientKind.DEVICE)
     for column, value in equal:
         # An expression hides the other indexes from the database, so that it uses the one of ``lead``.
         query = query.where(column == value if column is lead else column.concat("") == value)
     query = query.where(*_searched(wanted))
+    if wanted.narrows_brokers:
+        query = query.where(Presence.broker_id.in_(sorted(wanted.at_brokers or ())))
     if wanted.profile == DEFAULT:
         query = query.where(Device.profile_id.is_(None))
     if wanted.is_unattested:
@@ -289,9 +300,9 @@ def _searched(wanted: DeviceFilter) -> list[sa.ColumnElement[bool]]:
 
 
 def _listed(values: Sequence[Any]) -> ListedDevice:
-    not_after, not_before, state, since = values[-4:]
-    device = DeviceRecord(*values[:-4])
-    presence = PresenceRecord(PresenceState(state or 0), since or device.created_at)
+    not_after, not_before, broker_id, left_at, state, since = values[-6:]
+    device = DeviceRecord(*values[:-6])
+    presence = PresenceRecord(PresenceState(state or 0), since or device.created_at, broker_id, left_at)
     return ListedDevice(device, not_after, not_before, presence)
 
 

@@ -5,7 +5,7 @@ What grows with the fleet is counted by an index up to a limit, or kept as a cou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -43,15 +43,23 @@ class Figures:
 
 
 def figures_of(
-    tx: Connection, tenant_id: str, *, weeks: Sequence[tuple[datetime, datetime]], since: datetime, applied: int
+    tx: Connection,
+    tenant_id: str,
+    *,
+    weeks: Sequence[tuple[datetime, datetime]],
+    since: datetime,
+    applied: int,
+    at_brokers: Collection[int] | None = None,
 ) -> Figures:
     """Return the figures of a tenant: certificates by ``weeks`` (from, to), audit entries ``since`` a time.
 
-    ``applied`` is the generation that the broker was seen to enforce.
+    ``applied`` is the generation that the broker was seen to enforce, ``at_brokers`` those whose clients are counted,
+    ``None`` for all.
     """
     current = (Certificate.tenant_id == tenant_id, CURRENT, Certificate.device_id.is_not(None))
+    heard = () if at_brokers is None else (Presence.broker_id.in_(sorted(at_brokers)),)
     counted = [
-        _up_to(MAX_CONNECTED, Presence.tenant_id == tenant_id, Presence.state == PresenceState.CONNECTED),
+        _up_to(MAX_CONNECTED, Presence.tenant_id == tenant_id, Presence.state == PresenceState.CONNECTED, *heard),
         _up_to(MAX_OF_WEEK, *current, Certificate.not_after <= weeks[0][0]),
         _up_to(MAX_WAITING, EnrolmentRow.tenant_id == tenant_id, sa.text("enrolments.status = 'waiting'")),
         _up_to(MAX_WAITING, ReenrolmentRow.tenant_id == tenant_id, sa.text("reenrolments.status = 'waiting'")),

@@ -243,10 +243,10 @@ class Device(OfTenant, Base):
 
 
 class Presence(OfTenant, Base):
-    """Whether an identity, a device's id, was last seen connected to the broker.
+    """Whether an identity, a device's id, was last seen connected to a broker, and to which.
 
-    It has a table of its own because it is written often, and by one process: no row of ``devices`` is locked or
-    copied for it.
+    It has a table of its own because it is written often: no row of ``devices`` is locked or copied for it. The broker
+    is no foreign key: its removal does not wait for as many rows as it has clients.
     """
 
     __tablename__ = "presences"
@@ -259,6 +259,11 @@ class Presence(OfTenant, Base):
     state: Mapped[int] = mapped_column(sa.SmallInteger)  # a PresenceState
     # Since when it is connected; when it was seen last, if it is offline; when it was added, if it was never seen.
     since: Mapped[datetime]
+    broker_id: Mapped[int | None] = mapped_column(sa.Integer)  # of that connection
+    # When a connection at another broker ended that was newer than this one, if one did.
+    left_at: Mapped[datetime | None]
+    # Further connections, by the id of the broker: each since when, in Unix time. NULL for none.
+    also_at: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
 
 
 class AclEntry(Base):

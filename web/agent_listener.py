@@ -9,6 +9,7 @@ import re
 import ssl
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -24,11 +25,13 @@ from core.errors import (
     Unavailable,
 )
 from core.setting_values import Address
+from core.topics import is_device_id
 from operations.wiring import Portal
 from store.agents import AgentRecord, Given
 from web.api.problems import of_error
 from web.mutual_tls import Conversation, MutualTlsListener, run_in_one_process
 from workflows.agents.agents import AgentCertificate, Report
+from workflows.agents.presence import Part, ToldPresence
 
 log = logging.getLogger("portal.agents")
 
@@ -37,7 +40,8 @@ MAX_OF_AGENT = 4
 IDLE_SECONDS = 90.0  # from an answer to the end of the next request
 ANSWER_SECONDS = 300.0
 MAX_WAIT = 60.0
-_DIGEST = re.compile("[0-9a-f]{64}")
+MAX_CLIENTS, MAX_TIME = 4000, 253402300800  # told at once; the end of the year 9999, in Unix time
+_DIGEST, _SESSION = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 
 
 def run(portal: Portal, stopping: threading.Event) -> None:
@@ -104,6 +108,7 @@ class _Conversation(Conversation):
             "GET /broker-agents/changes": self._changes,
             "GET /broker-agents/trust": self._trust,
             "POST /broker-agents/report": self._report,
+            "POST /broker-agents/presence": self._presence,
             "POST /broker-agents/certificates": self._certificates,
         }
         self.extend(ANSWER_SECONDS)
@@ -188,8 +193,15 @@ class _Conversation(Conversation):
             raise InputInvalid("A problem is a sentence.")
         if type(generation) is not int or generation < 0 or not isinstance(digest, str):
             raise InputInvalid("A report names the generation and the digest of a page of changes.")
-        self._portal.agents.report(self._agent, Report(generation, digest, problem))
-        self.send(HTTPStatus.OK, b"{}", "application/json")
+        presence = said.get("presence")
+        if presence is not None and not (isinstance(presence, str) and _SESSION.fullmatch(presence)):
+            raise InputInvalid("A session has 32 lower-case hexadecimal digits.")
+        knows_presence = self._portal.agents.report(self._agent, Report(generation, digest, problem, presence))
+        self.send(HTTPStatus.OK, json.dumps({"presence": knows_presence}).encode(), "application/json")
+
+    def _presence(self) -> None:
+        done = self._portal.agent_presences.take(self._agent, told_presence(self._json()))
+        self.send(HTTPStatus.OK, json.dumps({"upto": done}).encode(), "application/json")
 
     def _certificates(self) -> None:
         said = self._json()
@@ -209,6 +221,41 @@ class _Conversation(Conversation):
         if not isinstance(said, dict):
             raise RequestMalformed("The body is not a JSON object.")
         return said
+
+
+def told_presence(said: Mapping[str, Any]) -> ToldPresence:
+    """Return what an agent says of who is connected; raise ``InputInvalid``."""
+    session, number, at, part = (said.get(name) for name in ("session", "number", "at", "part"))
+    if not isinstance(session, str) or not _SESSION.fullmatch(session):
+        raise InputInvalid("A session has 32 lower-case hexadecimal digits.")
+    if type(number) is not int or not 0 <= number < 1 << 63 or type(said.get("known")) is not bool:
+        raise InputInvalid("A message about clients has a number, and says whether there are no more of them.")
+    if not isinstance(at, int | float) or isinstance(at, bool) or not 0 <= at < MAX_TIME:
+        raise InputInvalid("A time is in seconds since 1970.")
+    connected, disconnected = (_times(said.get(name, [])) for name in ("connected", "disconnected"))
+    return ToldPresence(session, number, at, _part(part), connected, disconnected, said["known"])
+
+
+def _part(said: Any) -> Part | None:
+    match said:
+        case None:
+            return None
+        case {"after": str(after), "upto": None | str() as upto}:
+            if all(not one or is_device_id(one) for one in (after, upto)):
+                return Part(after, upto or None)
+    raise InputInvalid("A part of the clients is after one of them, and up to one of them or to the end.")
+
+
+def _times(said: Any) -> dict[str, int]:
+    """Return ids with times, of which there are few at once; raise ``InputInvalid``."""
+    times: dict[str, int] = {}
+    for pair in said if isinstance(said, list) and len(said) <= MAX_CLIENTS else [None]:
+        match pair:
+            case [str(identity), int(at)] if is_device_id(identity) and type(at) is int and 0 <= at < MAX_TIME:
+                times[identity] = at
+            case _:
+                raise InputInvalid(f"Clients are told as pairs of id and time, at most {MAX_CLIENTS} at once.")
+    return times
 
 
 def _number(text: str) -> int:

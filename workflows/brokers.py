@@ -17,6 +17,7 @@ from store.audit import Actor
 from store.brokers import BrokerRecord
 from store.database import Database
 from store.scope import ALL_TENANTS
+from workflows.agents.presence import forget_connections
 from workflows.reconciliation import Reconciler
 
 
@@ -126,16 +127,18 @@ class Brokers:
         ``confirm`` repeats the name.
         Raises ``NotFound``, ``InputInvalid``, and ``StateConflict`` for one beside a node, and the last that counts.
         """
-        with self._database.transaction(sees=ALL_TENANTS) as tx:
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
             record = brokers.get_broker(tx, name)
-            if confirm != name:
-                raise InputInvalid("confirm must be the name of the broker.")
-            if record.kind is BrokerKind.NODE:
-                raise StateConflict(f"{name} runs beside a node of the portal; declare it away if it is to be stopped.")
+        if confirm != name:
+            raise InputInvalid("confirm must be the name of the broker.")
+        if record.kind is BrokerKind.NODE:
+            raise StateConflict(f"{name} runs beside a node of the portal; declare it away if it is to be stopped.")
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
             state = _state(tx, name)
-            brokers.remove_broker(tx, record, at=self._clock())
+            brokers.remove_broker(tx, state.record, at=self._clock())
             self._record(tx, actor, "remove", name)
         self._reconciler.heard_of_another()
+        forget_connections(self._database, record.id, record.presence_at)
         return state
 
     def _record(self, tx: Connection, actor: Actor, act: str, name: str, **detail: Any) -> None:

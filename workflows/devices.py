@@ -38,8 +38,8 @@ from store.database import Database
 from store.devices import BY_NAME, BY_SEEN, DeviceFilter, DeviceRecord, ListedDevice, ListOrder, Place, place_of
 from store.issuers import CrlHead, CrlRecord
 from store.presences import presence_of
+from workflows.connections import Contacts, DeviceConnection, KnownContacts, connection_of
 from workflows.groups import expanded
-from workflows.presence import Contact, ContactFile, DeviceConnection, connection_of
 from workflows.tenants import TenantDirectory, TenantTerms
 
 log = logging.getLogger("portal.devices")
@@ -67,14 +67,14 @@ class DeviceDetails:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of devices; ``contact`` says how current their connections are, ``cursor`` leads to the next page.
+    """A page of devices; ``contacts`` say how current their connections are, ``cursor`` leads to the next page.
 
     Of applications, and devices with topics of their own, it has these: pairs of filter and access by id; and
     ``problems`` has why the broker denies some of them everything, ``groups`` in which groups they are.
     """
 
     devices: Sequence[ListedDevice]
-    contact: Contact
+    contacts: Contacts
     cursor: str | None
     topics: Mapping[str, Sequence[tuple[str, str]]]
     problems: Mapping[str, str | None]
@@ -96,14 +96,14 @@ class Inventory:
     _database: Database
     _tenants: TenantDirectory
     _sign_crls: Callable[[], None]
-    _contact: ContactFile
+    _contacts: KnownContacts
     _broker: BrokerProvisioning
     _clock: Callable[[], datetime]
     _crls: dict[int, tuple[CrlHead, CrlRecord]] = field(init=False, default_factory=dict)  # by issuer, as read last
 
     def device(self, tenant_id: str, device_id: str, *, kind: ClientKind = ClientKind.DEVICE) -> DeviceDetails:
         """Return one device, or application; raises ``DeviceNotFound``, ``ApplicationNotFound``."""
-        contact = self._contact.read()  # first: what is read then is at least as new
+        contacts = self._contacts.read()  # first: what is read then is at least as new
         with self._database.snapshot() as tx:
             device = db.get_device(tx, tenant_id, device_id, kind=kind)
             presence = presence_of(tx, tenant_id, device_id)
@@ -119,7 +119,7 @@ class Inventory:
             topics=topics or default_topics(self._tenants.of(tenant_id).topic_prefix),
             applied=device.generation <= state.applied_generation and not self._waits_for_restart(device),
             problem=self._problem(self._tenants.of(tenant_id), device, topics),
-            connection=None if presence is None else connection_of(presence, contact),
+            connection=None if presence is None else connection_of(presence, contacts),
             attestation=shown,
             groups=[group.name for group in of_groups],
             topics_group=next((group.name for group in of_groups if group.id == device.topics_group_id), None),
@@ -168,34 +168,34 @@ class Inventory:
         Raises ``NotFound`` for a group, ``InputInvalid`` for a cursor that no page of this list gave; ``GuardNeeded``
         and ``BrokerUnavailable`` if ``wanted`` asks who is connected, and that is never known, or not known now.
         """
-        contact = self._contact.read()  # first: what is read then is at least as new
+        contacts = self._contacts.read()  # first: what is read then is at least as new
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            inner = self._expanded(tx, tenant_id, wanted, contact)
+            inner = self._expanded(tx, tenant_id, wanted, contacts)
             after = None if cursor is None else _read_cursor(cursor, tenant_id, wanted, inner)
             found = store_devices.list_devices(tx, tenant_id, inner, limit=limit + 1, after=after)
             page, next_place = found.devices[:limit], found.end
             if len(found.devices) > limit:
                 next_place = place_of(page[-1], inner)
             cursor = None if next_place is None else _make_cursor(next_place, tenant_id, wanted)
-            return self._page(tx, tenant, page, contact, cursor)
+            return self._page(tx, tenant, page, contacts, cursor)
 
-    def _expanded(self, tx: Connection, tenant_id: str, wanted: DeviceFilter, contact: Contact) -> DeviceFilter:
+    def _expanded(self, tx: Connection, tenant_id: str, wanted: DeviceFilter, contacts: Contacts) -> DeviceFilter:
         """Return a filter with what its group stands for; raises if it asks who is connected, and that is not known."""
         inner = expanded(tx, tenant_id, wanted, now=self._clock())
-        if inner.connected is not None and not contact.is_current:
+        if inner.connected is not None and not contacts.heard:
             raise _not_known(self._settings)
-        return inner
+        return dataclasses.replace(inner, at_brokers=contacts.narrowed)
 
     def _page(
-        self, tx: Connection, tenant: TenantTerms, page: Sequence[ListedDevice], contact: Contact, cursor: str | None
+        self, tx: Connection, tenant: TenantTerms, page: Sequence[ListedDevice], contacts: Contacts, cursor: str | None
     ) -> Page:
         topics = store_devices.topics_of(tx, tenant.id, [one.device.id for one in page if one.device.own_topics])
         known = [one.device for one in page if one.device.id in topics]
         problems = {device.id: self._problem(tenant, device, _as_topics(topics[device.id])) for device in known}
         default = [(topic.filter, topic.access.value) for topic in default_topics(tenant.topic_prefix)]
         names = groups.group_names_of(tx, tenant.id, [one.device.id for one in page])
-        return Page(page, contact, cursor, topics, problems, default, names)
+        return Page(page, contacts, cursor, topics, problems, default, names)
 
     def found(self, tenant_id: str, wanted: DeviceFilter, *, most: int) -> list[str]:
         """Return the ids of all devices that fit; raises ``InputInvalid`` if there are more than ``most``."""
@@ -215,11 +215,11 @@ class Inventory:
 
         Of them those that are ``wanted``. Raises ``GuardNeeded`` and ``BrokerUnavailable`` as ``devices`` does.
         """
-        contact = self._contact.read()
+        contacts = self._contacts.read()
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            found = self._meant(tx, tenant_id, text, self._expanded(tx, tenant_id, wanted, contact))
-            return self._page(tx, tenant, found[:limit], contact, None)
+            found = self._meant(tx, tenant_id, text, self._expanded(tx, tenant_id, wanted, contacts))
+            return self._page(tx, tenant, found[:limit], contacts, None)
 
     def _meant(self, tx: Connection, tenant_id: str, text: str, wanted: DeviceFilter) -> list[ListedDevice]:
         meant = [dataclasses.replace(wanted, id=one.id) for one in references.candidates(tx, tenant_id, text)]
@@ -231,16 +231,16 @@ class Inventory:
         Of the names those count that follow the text in the index of names and have it in them: of a fleet of any size,
         those that begin so. Raises as ``named`` does.
         """
-        contact = self._contact.read()
+        contacts = self._contacts.read()
         tenant = self._tenants.of(tenant_id)
         with self._database.snapshot() as tx:
-            inner = self._expanded(tx, tenant_id, wanted, contact)
+            inner = self._expanded(tx, tenant_id, wanted, contacts)
             found = {one.device.id: one for one in self._meant(tx, tenant_id, text, inner)}
             by_name = dataclasses.replace(inner, q=text, sort=ListOrder.NAME)
             before = (text, datetime.min.replace(tzinfo=UTC), "")  # each device of this very name comes after it
             begun = store_devices.list_devices(tx, tenant_id, by_name, limit=limit, after=before)
             found |= {one.device.id: one for one in begun.devices if one.device.id not in found}
-            return self._page(tx, tenant, [*found.values()][:limit], contact, None)
+            return self._page(tx, tenant, [*found.values()][:limit], contacts, None)
 
     def identified(self, tenant_id: str, kind: ClientKind, by: str, text: str) -> str:
         """Return the id of the device, or application, with a ``name`` or ``external_id``, or whose ``id`` begins so.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -55,14 +55,14 @@ class Overviews:
     _database: Database
     _clock: Callable[[], datetime]
 
-    def of(self, tenant_id: str) -> Overview:
-        """Return the overview of a tenant."""
+    def of(self, tenant_id: str, at_brokers: Collection[int] | None = None) -> Overview:
+        """Return the overview of a tenant, with those that are connected ``at_brokers``, ``None`` for all."""
         now = self._clock()
         weeks = [(now + timedelta(weeks=number), now + timedelta(weeks=number + 1)) for number in range(WEEKS)]
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             broker = generations.get_broker_state(tx)
             applied = broker.applied_generation
-            figures = figures_of(tx, tenant_id, weeks=weeks, since=now - DAY, applied=applied)
+            figures = figures_of(tx, tenant_id, weeks=weeks, since=now - DAY, applied=applied, at_brokers=at_brokers)
             records = issuers.list_issuers(tx, tenant_id=tenant_id)
             states = issuers.crl_states(tx, [record.id for record in records])
         cas = [

@@ -39,6 +39,7 @@ from core.tenants import TenantOnBroker
 from operations.agent.certificates import AgentCertificates
 from operations.agent.client import WAIT_SECONDS, PortalClient
 from operations.agent.folder import AgentFolder, State, server_files, utc_seconds
+from operations.agent.presence import AgentPresence
 
 log = logging.getLogger("portal.agent")
 
@@ -92,6 +93,7 @@ class Agent:
         self._control = self._broker.control
         self._certificates = AgentCertificates(settings, folder, self._broker)
         self._client = PortalClient(folder, self._identity)
+        self.presence = AgentPresence(self._broker, lambda: self._client)
         self._lock = threading.RLock()  # of the journal, and of all below
         self._state = folder.state()
         self._trust: tuple[TrustNames, Trust] | None = folder.trust()
@@ -116,18 +118,19 @@ class Agent:
     def run(self, stopping: threading.Event) -> None:
         """Follow and look until ``stopping`` is set, or the portal has told of other settings."""
         ended = threading.Event()
-        looking = threading.Thread(target=self._repeat, args=(self._look_once, ended), daemon=True)
-        looking.start()
-        following = threading.Thread(target=self._repeat, args=(self._follow_once, ended), daemon=True)
-        following.start()
+        bodies = (self._look_once, self._follow_once, self.presence.follow)
+        threads = [threading.Thread(target=self._repeat, args=(body, ended), daemon=True) for body in bodies]
+        for thread in threads:
+            thread.start()
         while not stopping.wait(LOOK_SECONDS) and not self.has_other_settings.is_set():
             pass
         ended.set()
         with self._lock:  # what is being written is written to the end
             self._discard()
         if not stopping.is_set():
-            looking.join()
-            following.join()
+            for thread in threads:
+                thread.join()
+        self.presence.close()
         self._client.close()
 
     def _repeat(self, once: Callable[[], float], stopping: threading.Event) -> None:
@@ -362,7 +365,7 @@ class Agent:
 
     def _report(self) -> None:
         """Say how far the broker was seen to obey."""
-        self._client.report(self._state.mark, None)
+        self._tell_portal(None)
         self._reported = self._state.mark
         self._next["sign"] = time.monotonic() + SIGN_SECONDS
 
@@ -370,7 +373,12 @@ class Agent:
         """Tell the portal what is wrong, as often as it is given a sign of life."""
         if self._is_time("sign", SIGN_SECONDS):
             with contextlib.suppress(PortalError):
-                self._client.report(self._state.mark, problem)
+                self._tell_portal(problem)
+
+    def _tell_portal(self, problem: str | None) -> None:
+        session = self.presence.known_session
+        if not self._client.report(self._state.mark, problem, session) and session is not None:
+            self.presence.has_to_begin_again.set()
 
     # --- Looking after the broker
 
@@ -409,7 +417,7 @@ class Agent:
                 self._broker.probe(self._folder.probes, time.monotonic() + self._settings.enforce_timeout)
             except PortalError as error:
                 self._next["probe"] = 0.0
-                self._client.report(self._state.mark, error.detail)
+                self._tell_portal(error.detail)
                 raise
 
     def _restart_if_due(self) -> None:

@@ -80,11 +80,20 @@ class PortalClient:
             said = _json(answer)
             return said.get("certificates", {}), int(said.get("generation", 0))
 
-    def report(self, mark: Mark, problem: str | None) -> None:
-        """Say how far the broker was seen to obey, or what is wrong."""
-        body = {"generation": mark.generation, "digest": mark.digest, "problem": problem}
+    def report(self, mark: Mark, problem: str | None, presence: str | None = None) -> bool:
+        """Say how far the broker was seen to obey, or what is wrong; return whether the portal knows who is connected.
+
+        ``presence`` is the session in which it was told that.
+        """
+        body = {"generation": mark.generation, "digest": mark.digest, "problem": problem, "presence": presence}
         with self._request("POST", "/broker-agents/report", body) as answer:
-            answer.drain_conn()
+            return _json(answer).get("presence") is True
+
+    def presence(self, told: Mapping[str, Any]) -> str | None:
+        """Tell who is connected; return up to whom the portal has taken it in, ``None`` for all. Raise a refusal."""
+        with self._request("POST", "/broker-agents/presence", told) as answer:
+            upto = _json(answer).get("upto")
+            return upto if isinstance(upto, str) else None
 
     @contextlib.contextmanager
     def _request(

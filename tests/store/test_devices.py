@@ -11,7 +11,7 @@ from core.states import PresenceState
 from operations.wiring import Portal
 from store import devices
 from store.devices import DeviceFilter, Listed
-from store.presences import PresenceRecord, record_presences
+from store.presences import Sighting, record_presences
 from store.profiles import add_profile
 from tests.test_db import add_certificate, add_device
 
@@ -45,8 +45,8 @@ def fleet(portal: Portal) -> Portal:
             if number % 4:
                 state = PresenceState.CONNECTED if number % 4 == 1 else PresenceState.OFFLINE
                 # who was registered later was seen earlier
-                seen = PresenceRecord(state, NOW + timedelta(days=1) - timedelta(hours=number // 4, minutes=-number))
-                record_presences(tx, {device_id: seen})
+                seen = Sighting(state, NOW + timedelta(days=1) - timedelta(hours=number // 4, minutes=-number))
+                record_presences(tx, 1, {device_id: seen})
     return portal
 
 

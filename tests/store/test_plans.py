@@ -100,7 +100,7 @@ LOOK_UPS: dict[str, Query] = {
     "requests for another key that wait": lambda tx: enrolment.waiting_reenrolments(tx, "default", limit=5),
     "certificates issued to a device": lambda tx: certificates.count_issued(tx, "default", "x", since=NOW),
     "a token": lambda tx: tenants.find_token(tx, "0" * 64),
-    "who is connected": lambda tx: presences.connected_page(tx, "default", limit=5, after=(NOW, "x")),
+    "who is connected": lambda tx: presences.connected_at(tx, 1, limit=5, after="x", upto="y"),
     "the audit record since": lambda tx: audit.list_audit_entries(
         tx, "default", limit=5, before=3, period=audit.Period(since=NOW, until=NOW)
     ),

@@ -35,7 +35,6 @@ from store import (
     keys,
     mail,
     names,
-    presences,
     profiles,
     sessions,
     tenant_rows,
@@ -185,7 +184,6 @@ READS: dict[str, Ask] = {
         tx, of, [NameClaim("another device", ("pump.example.com",))], now=it.now
     ),
     "a certificate": lambda tx, of, it: certificates.get_certificate(tx, of, it.certificate_id),
-    "who is connected": lambda tx, of, it: presences.connected_page(tx, of, limit=9),
     "a matter of mail": lambda tx, of, it: mail.said(tx, of, "webhook", ["one"]),
     "the last message": lambda tx, of, it: mail.last_message(tx, of),
     "CAs": lambda tx, of, it: issuers.list_issuers(tx, tenant_id=of),

@@ -97,6 +97,30 @@ def test_a_device_registered_here_connects_there_and_is_cut_there_once_revoked(s
     client.close()
 
 
+def connection_of(portal: Deployment, device: Onboarded) -> dict[str, Any]:
+    """What the portal says of a device's connection."""
+    return portal.call("GET", f"/devices/{device.id}").json()["connection"] or {"connected": "never"}
+
+
+def test_a_device_is_connected_at_the_broker_where_it_is_and_moves_to_another(shared: Edge) -> None:
+    portal = shared.portal
+    device, other = portal.onboard("mover"), portal.onboard("stayer")
+    there, stays = shared.here(device).client(), shared.here(other).client()
+    for one, client in ((device, there), (other, stays)):
+        assert client.publish(f"devices/{one.id}/x") in GRANTED
+    wait_until(lambda: all(connection_of(portal, one)["connected"] is True for one in (device, other)))
+    here = device.client()
+    assert here.publish(f"devices/{device.id}/x") in GRANTED
+    since = connection_of(portal, device)["since"]
+    wait_until(lambda: connection_of(portal, device)["since"] > since)
+    there.close()
+    here.close()
+    wait_until(lambda: connection_of(portal, device)["connected"] is False)
+    assert connection_of(portal, other)["connected"] is True
+    stays.close()
+    wait_until(lambda: connection_of(portal, other)["connected"] is False)
+
+
 def test_a_suspended_device_is_refused_there_until_it_is_resumed(shared: Edge) -> None:
     portal = shared.portal
     device = portal.onboard("pump-2")

@@ -21,10 +21,12 @@ from flask import Flask
 from app import portal_of
 from broker.guard.feed import PageReader, ReadPage, split_lines
 from config import Settings
+from core.states import PresenceState
 from operations.wiring import Portal
 from pki.algorithms import private_key_pem
 from pki.csr import new_request
 from store import brokers
+from store.presences import presence_of
 from store.scope import ALL_TENANTS
 from tests.support.guarded import guarded_app
 from tests.support.harness import Clock
@@ -256,6 +258,59 @@ def test_the_cas_and_crls_have_the_names_that_pages_tell(server: Server) -> None
         page = page_of(ask(connection, "GET", CHANGES)[1])
     assert tag == f'"{page.names.cas}{page.names.crls}"'
     assert {"ca", "crl", "tenants", "portal_ca", "settings"} == said.keys()
+
+
+SESSION = "a" * 32
+PRESENCE = "/broker-agents/presence"
+TOLD = {"session": SESSION, "number": 1, "at": 1.0, "part": {"after": "", "upto": None}, "known": True}
+
+
+def test_who_is_connected_is_told_and_a_report_says_whether_that_is_known(server: Server) -> None:
+    with server.connected(server.agent().context) as connection:
+        mark = page_of(ask(connection, "GET", CHANGES)[1]).mark
+        report = {"generation": mark.generation, "digest": mark.digest, "presence": SESSION}
+        assert ask(connection, "POST", REPORT, report) == (200, {"presence": False})
+        device = server.portal.registrations.register(OPERATOR, request_of(1, csr=False)).device_id
+        assert ask(connection, "POST", PRESENCE, {**TOLD, "connected": [[device, 1]]}) == (200, {"upto": None})
+        assert ask(connection, "POST", REPORT, report) == (200, {"presence": True})
+    with server.portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        known = presence_of(tx, "default", device)
+    assert known is not None
+    assert known.state is PresenceState.CONNECTED
+
+
+DEVICE = "0" * 8 + "-0000-0000-0000-" + "0" * 12
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"session": "A" * 32},
+        {"session": None},
+        {"number": -1},
+        {"number": 1 << 63},
+        {"number": True},
+        {"at": -1},
+        {"at": 1e300},
+        {"at": True},
+        {"at": "1"},
+        {"part": {}},
+        {"part": {"after": "x", "upto": None}},
+        {"part": {"after": "", "upto": "zzz"}},
+        {"known": None},
+        {"connected": [["not an id", 1]]},
+        {"connected": [[DEVICE, -1]]},
+        {"connected": [[DEVICE, 1 << 70]]},
+        {"connected": [[DEVICE, True]]},
+        {"connected": [DEVICE]},
+        {"connected": {DEVICE: 1}},
+        {"disconnected": [[DEVICE, 1, 1]]},
+        {"disconnected": [[DEVICE, 1]] * 4001},
+    ],
+    ids=repr,
+)
+def test_what_is_no_message_about_clients_is_refused(server: Server, wrong: dict[str, Any]) -> None:
+    assert server.ask(server.agent().context, "POST", PRESENCE, TOLD | wrong)[0] == 422
 
 
 # --- What it may cost ------------------------------------------------------------------------------------------------

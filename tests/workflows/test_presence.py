@@ -6,21 +6,25 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 import db
 from broker.control import PresenceReport
 from core.errors import BrokerUnavailable, DatabaseUnavailable
-from core.states import PresenceState
+from core.states import BrokerKind, PresenceState
 from operations.wiring import Portal
-from store import tenants
+from store import brokers, tenants
 from store.presences import PresenceRecord, presence_of
 from tests.store.test_presences import rows_written
-from tests.support.harness import ON_SQLITE, Clock
+from tests.support.harness import ON_POSTGRESQL, ON_SQLITE, Clock
 from tests.test_db import add_device
-from workflows.presence import CONTACT_SECONDS, DeviceConnection, PresenceFollower
+from workflows import connections
+from workflows.connections import CONTACT_SECONDS, ContactFile, DeviceConnection
+from workflows.presence import PresenceFollower
 
+OWN = 1  # the broker beside the portal
 UNKNOWN = DeviceConnection(None, None, None)
 Times = Mapping[str, datetime]
 
@@ -92,8 +96,8 @@ def follower(portal: Portal, broker: Broker, monkeypatch: pytest.MonkeyPatch) ->
     return portal.follower
 
 
-def another(portal: Portal) -> PresenceFollower:
-    return PresenceFollower(portal.settings, portal.database, portal.broker, portal.clock)
+def another(portal: Portal, broker_id: int = OWN) -> PresenceFollower:
+    return PresenceFollower(portal.settings, portal.database, portal.broker, broker_id, portal.clock)
 
 
 def shown(portal: Portal, device_id: str) -> DeviceConnection | None:
@@ -259,7 +263,7 @@ def test_who_has_not_read_for_long_asks_for_everybody_again(
         patch.setattr("workflows.presence.UNREAD_SECONDS", -1.0)
         follower.follow()
     assert broker.asked[0].closed
-    assert recorded(portal, ids[0]) == PresenceRecord(PresenceState.CONNECTED, broker.connected[ids[0]])
+    assert recorded(portal, ids[0]) == PresenceRecord(PresenceState.CONNECTED, broker.connected[ids[0]], OWN)
 
 
 def test_a_whole_set_that_does_not_end_is_asked_for_again(
@@ -327,10 +331,43 @@ def test_what_could_not_be_written_is_written_later_and_a_whole_set_has_the_last
         assert not portal.follower.contact.read().is_current
     follower.follow()
     assert [recorded(portal, who) for who in ids] == [
-        PresenceRecord(PresenceState.CONNECTED, start + timedelta(seconds=3)),
-        PresenceRecord(PresenceState.OFFLINE, start + timedelta(seconds=4)),
-        PresenceRecord(PresenceState.OFFLINE, start),
+        PresenceRecord(PresenceState.CONNECTED, start + timedelta(seconds=3), OWN),
+        PresenceRecord(PresenceState.OFFLINE, start + timedelta(seconds=4), OWN),
+        PresenceRecord(PresenceState.OFFLINE, start, OWN),
     ]
+
+
+@ON_POSTGRESQL
+def test_two_nodes_follow_a_broker_each_and_know_of_both(
+    portal: Portal, broker: Broker, ids: list[str], clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(connections, "OTHERS_SECONDS", 0.0)
+    one, two, moved = ids
+    beside, own = Broker({two: clock(), moved: clock()}), portal.follower
+    with portal.database.transaction() as tx:
+        added = brokers.add_broker(tx, "node-2", BrokerKind.NODE, at=clock(), joined=True)
+    other = another(portal, added.id)
+    other.contact = ContactFile(tmp_path / "presence", clock)
+    monkeypatch.setattr(portal.broker, "follow_presence", beside.follow_presence)
+    other.follow()
+    broker.connected = {one: clock()}
+    monkeypatch.setattr(portal.broker, "follow_presence", broker.follow_presence)
+    own.follow()
+    assert [is_connected(portal, who) for who in ids] == [True, True, True]
+    broker.tell(connected={moved: clock() + timedelta(seconds=1)})
+    own.follow()
+    beside.tell(disconnected={moved: clock() + timedelta(seconds=9)})
+    other.follow()
+    assert is_connected(portal, moved) is True
+    beside.stop()
+    other.follow()
+    assert [is_connected(portal, who) for who in ids] == [True, None, True]
+
+
+def is_connected(portal: Portal, device_id: str) -> bool | None:
+    connection = shown(portal, device_id)
+    assert connection is not None
+    return connection.connected
 
 
 def test_a_damaged_note_of_the_last_contact_makes_nothing_known(

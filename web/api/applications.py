@@ -40,8 +40,8 @@ from web.api.fields import (
 )
 from web.api.lifecycle import RenewedAnswer, RenewRequest, RevokedAnswer, outcome_of, renewal_of, state_of
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from workflows.connections import connection_of
 from workflows.credentials import DeviceRequest
-from workflows.presence import connection_of
 
 ROUTES = Routes("Applications")
 KIND = ClientKind.APPLICATION
@@ -177,7 +177,7 @@ def list_applications(call: Call, query: ApplicationQuery) -> ApplicationPage:
             expires_at=one.not_after,
             topics=_topic_models(page.topics.get(one.device.id, ())),
             broker_problem=page.problems.get(one.device.id),
-            connection=connection_model(connection_of(one.presence, page.contact)),
+            connection=connection_model(connection_of(one.presence, page.contacts)),
         )
         for one in page.devices
     ]

@@ -40,10 +40,10 @@ from web.api.fields import (
     WholeNumber,
 )
 from web.api.routing import AnswerModel, Answers, Call, Reply, RequestModel, Routes, Timestamp
+from workflows.connections import DeviceConnection, connection_of
 from workflows.credentials import DeviceRequest
 from workflows.devices import DeviceDetails, Page
 from workflows.groups import CONNECTED
-from workflows.presence import DeviceConnection, connection_of
 
 ROUTES = Routes("Devices")
 
@@ -329,7 +329,7 @@ class DeviceQuery(DeviceConditions):
             Literal["true", "false", "never"],
             Field(
                 description="false: devices that were seen before and are not connected now; never: that were never"
-                " seen. Refused while it is not known which devices are connected"
+                " seen. Devices whose broker is not heard are left out; refused if no broker is heard"
             ),
         ]
         | None
@@ -401,7 +401,7 @@ def _page(call: Call, page: Page) -> DevicePage:
             device_id=one.device.id,
             **_dates(call, one.device, one.not_before, one.not_after),
             broker_problem=page.problems.get(one.device.id),
-            connection=connection_model(connection_of(one.presence, page.contact)),
+            connection=connection_model(connection_of(one.presence, page.contacts)),
             topics=[
                 TopicModel(filter=pattern, access=Access(access).value)
                 for pattern, access in page.topics.get(one.device.id, page.default_topics)

@@ -21,8 +21,8 @@ from web.console.pages import Moved, Pages, Shown, Visit
 from web.console.registration import Once, new_once
 from web.console.text_fields import CsrText, Lines, check_own_key, csr_of, topics_of
 from web.console.watching import watched
+from workflows.connections import connection_of
 from workflows.credentials import DeviceRequest
-from workflows.presence import connection_of
 from workflows.renewal import RenewalRequest
 
 PAGES = Pages()
@@ -77,7 +77,7 @@ def applications(visit: Visit) -> Shown:
     values = {
         "pending": pending,
         **watched(visit, max(pending.values(), default=0)),
-        "rows": [(one, connection_of(one.presence, page.contact)) for one in page.devices],
+        "rows": [(one, connection_of(one.presence, page.contacts)) for one in page.devices],
         "topics": page.topics,
         "next": None if page.cursor is None else f"{APPLICATIONS}?cursor={page.cursor}",
         "first": APPLICATIONS if query.cursor else None,

@@ -23,9 +23,9 @@ from web.api.routing import RequestModel, read_fields
 from web.console.formats import csv_line, rfc_3339
 from web.console.pages import Moved, Pages, Sent, Shown, Visit
 from web.console.registration import new_once
+from workflows.connections import DeviceConnection, connection_of
 from workflows.devices import Page
 from workflows.groups import CONNECTED, EXPIRES_WITHIN_DAYS
-from workflows.presence import DeviceConnection, connection_of
 
 PAGES = Pages()
 FLEET = "/ui/devices"
@@ -207,7 +207,7 @@ def _found(visit: Visit, query: FleetQuery) -> tuple[Sequence[Row], str | None]:
 
 def _rows(page: Page) -> Iterator[Row]:
     for one in page.devices:
-        yield Row(one.device, one.not_after, connection_of(one.presence, page.contact))
+        yield Row(one.device, one.not_after, connection_of(one.presence, page.contacts))
 
 
 def _link(query: FleetQuery, changes: Mapping[str, str]) -> str:

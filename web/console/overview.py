@@ -37,10 +37,10 @@ class ToDo:
 @PAGES.add("GET", HOME, Permission.READ)
 def overview(visit: Visit) -> Shown:
     """Show whether all is well, and what needs attention."""
-    found = visit.portal.overviews.of(visit.actor.tenant_id)
+    contacts = visit.portal.contacts.read()  # first: what is read then is at least as new
+    found = visit.portal.overviews.of(visit.actor.tenant_id, contacts.narrowed)
     checks = _checks(visit)
     weeks = [(f"{start:%b %-d}", count) for (start, _), count in zip(found.weeks, found.figures.weeks, strict=True)]
-    contact = visit.portal.follower.contact.read()
     values = {
         "overview": found,
         "checks": checks,
@@ -48,7 +48,7 @@ def overview(visit: Visit) -> Shown:
         "todo": list(_to_do(visit, found)),
         "chart": histogram(weeks, limit=MAX_OF_WEEK),
         "events": _events(found),
-        "connected": at_most(found.figures.connected, MAX_CONNECTED) if contact.is_current else None,
+        "connected": at_most(found.figures.connected, MAX_CONNECTED) if contacts.heard else None,
         "control": visit.portal.settings.broker_control,
     }
     return Shown("overview.html", values, fragment="overview_body.html")

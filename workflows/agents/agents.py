@@ -83,11 +83,15 @@ class IssuedCertificates:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an agent says: how far its broker was seen to obey, by a page that it was given, or what is wrong."""
+    """What an agent says: how far its broker was seen to obey, by a page that it was given, or what is wrong.
+
+    ``presence`` is the session in which it has told all of who is connected, ``None`` if it has not.
+    """
 
     generation: int
     digest: str
     problem: str | None
+    presence: str | None = None
 
 
 class BrokerAgents:
@@ -248,8 +252,8 @@ class BrokerAgents:
             signer.issuer, request.public_key, device_id=identity, now=now, days=PROBE_DAYS, pki_url=url
         )
 
-    def report(self, record: AgentRecord, report: Report) -> None:
-        """Take in how far the broker of an agent was seen to obey.
+    def report(self, record: AgentRecord, report: Report) -> bool:
+        """Take in how far the broker of an agent was seen to obey; return whether it is known who is connected there.
 
         Raise ``StateConflict`` for a page of changes that the agent was not given, or that was not the last one up to
         its generation, by which nothing is enforced.
@@ -258,19 +262,29 @@ class BrokerAgents:
         if report.problem is not None:
             with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
                 brokers.set_problem(tx, record.broker_id, report.problem, at=now)
-            return
+                return _note_presence(tx, record, report, now)
         # If a power cut takes this record back, the same is reported again.
         with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
             brokers.take_turns(tx)
             # Read anew: a restore may just have made it forget what it was given.
             current = agents.get_agent(tx, record.broker_id)
             page = None if current is None else current.has_shown(report.generation, report.digest)
-            if page is None or not page.is_last:
+            if current is None or page is None or not page.is_last:
                 log.error("an agent reports what it was not given", extra={"broker": record.name})
                 raise StateConflict("This page of changes was not given to this agent; ask for the changes again.")
             note_applied(tx, record.broker_id, report.generation, at=now)
             brokers.set_problem(tx, record.broker_id, None, at=now)
+            knows_presence = _note_presence(tx, current, report, now)
         self._reconciler.heard_of_another()
+        return knows_presence
+
+
+def _note_presence(tx: Connection, record: AgentRecord, report: Report, now: datetime) -> bool:
+    """Record that it is known still who is connected, and return whether it is."""
+    is_known = bool(report.presence) and report.presence == record.presence_session
+    if is_known:
+        brokers.note_presence(tx, record.broker_id, at=now)
+    return is_known
 
 
 def told_settings(settings: Settings, address: str) -> dict[str, str]:

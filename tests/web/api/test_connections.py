@@ -14,7 +14,7 @@ from config import Settings
 from core.roles import Role
 from core.states import PresenceState
 from operations.wiring import Portal
-from store.presences import PresenceRecord, record_presences
+from store.presences import Sighting, record_presences
 from tests.support.exposition import samples_of, value_of
 from tests.support.harness import Api, Clock, api_as, problem_of
 
@@ -36,12 +36,12 @@ def fleet(api: Api, portal: Portal, clock: Clock) -> list[str]:
     """Four devices: connected, seen a minute ago, an hour ago, never; the broker was heard just now."""
     ids = [api.register(name=f"pump-{number}")["device_id"] for number in range(4)]
     seen = {
-        ids[0]: PresenceRecord(PresenceState.CONNECTED, clock() - timedelta(days=1)),
-        ids[1]: PresenceRecord(PresenceState.OFFLINE, clock() - timedelta(minutes=1)),
-        ids[2]: PresenceRecord(PresenceState.OFFLINE, clock() - timedelta(hours=1)),
+        ids[0]: Sighting(PresenceState.CONNECTED, clock() - timedelta(days=1)),
+        ids[1]: Sighting(PresenceState.OFFLINE, clock() - timedelta(minutes=1)),
+        ids[2]: Sighting(PresenceState.OFFLINE, clock() - timedelta(hours=1)),
     }
     with portal.database.transaction() as tx:
-        record_presences(tx, seen)
+        record_presences(tx, 1, seen)
     portal.follower.contact.made("x")
     return ids
 

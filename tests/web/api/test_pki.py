@@ -293,7 +293,7 @@ def test_a_crl_is_read_once_and_the_newest_is_served_by_every_worker(api: Api, a
         portal.database,
         portal.tenant_terms,
         portal.reconciler.crls.sign_put_off,
-        portal.follower.contact,
+        portal.contacts,
         portal.broker,
         portal.clock,
     )

@@ -17,7 +17,7 @@ from broker.control import Step
 from core.roles import Role
 from core.states import PresenceState
 from store.brokers import set_applied_generation
-from store.presences import PresenceRecord, record_presences
+from store.presences import Sighting, record_presences
 from store.tables import Token
 from tests.support.browser import Browser, logged_in_as, text_of
 from tests.support.harness import ON_SQLITE, Api, Clock
@@ -97,7 +97,7 @@ def seen(app: Flask, device_id: str, state: PresenceState, since: datetime) -> N
     """The broker has reported a device just now."""
     portal = portal_of(app)
     with portal.database.transaction() as tx:
-        record_presences(tx, {device_id: PresenceRecord(state, since)})
+        record_presences(tx, 1, {device_id: Sighting(state, since)})
     portal.follower.contact.made("x")
 
 
