@@ -42,8 +42,9 @@ def data_folder(installation: Installation) -> Finding:
     settings = installation.settings
     if not settings.data_dir.is_dir():
         return problem(
-            f"There is no {settings.data_dir}.",
-            f"Set PORTAL_DATA_DIR to the portal's folder, or run: {server_command('init')}.",
+            f"There is no {settings.data_dir}, and nothing else can be checked without it.",
+            f"Set PORTAL_DATA_DIR to the portal's folder, or make one: {server_command('init')}. A lost one is brought"
+            f" back from a backup: {server_command('restore FILE')}",
         )
     owner = settings.data_dir.stat().st_uid
     folders = {
@@ -140,6 +141,13 @@ def _user(uid: int) -> str:
 
 def database(installation: Installation) -> Finding:
     """Check that the database answers, has the schema of this version, and keeps tenants apart."""
+    url = sa.make_url(installation.settings.database_url)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        return problem(
+            f"There is no database at {url.database}.",
+            "Check PORTAL_DATA_DIR and PORTAL_DATABASE_URL. A lost one is brought back from a backup:"
+            f" {server_command('restore FILE')}",
+        )
     with installation.snapshot() as tx:
         found, expected = schema.revision(tx), schema.newest_revision()
         if found != expected:

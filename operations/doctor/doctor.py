@@ -16,13 +16,15 @@ from operations.doctor.base import Finding, Installation, State, problem
 
 log = logging.getLogger("portal.doctor")
 
+UNMADE = "The check could not be made: "
+
 Check = Callable[[Installation], Finding]
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("data folder", data.data_folder),
     ("secret files", data.secret_files),
     ("disk space", data.disk_space),
-    ("clock", authority.clock),
     ("database", data.database),
+    ("clock", authority.clock),
     ("audit record", data.audit_record),
     ("CA keys", keys.ca_keys),
     ("CA chain", authority.ca_chain),
@@ -67,12 +69,25 @@ def examine(
     broker_config: Path | None = None,
     checks: tuple[tuple[str, Check], ...] = CHECKS,
 ) -> Iterator[Finding]:
-    """Yield the finding of each check; ``broker_config`` is the broker's configuration if it is not to be searched."""
+    """Yield the finding of each check; ``broker_config`` is the broker's configuration if it is not to be searched.
+
+    A problem whose cause another check has told is left out, and so are all but the first if there is no
+    data folder.
+    """
     installation = Installation(settings, clock, broker_config)
+    told: set[str] = set()
     try:
         of_another = _OF_MOSQUITTO if settings.broker_control is ControlKind.RABBITMQ else _OF_RABBITMQ
         for name, check in [named for named in checks if named[0] not in of_another]:
-            yield dataclasses.replace(_result(check, installation), name=name)
+            finding = dataclasses.replace(_result(check, installation), name=name)
+            cause = finding.detail.removeprefix(UNMADE)
+            if cause in told:
+                continue
+            if finding.state is State.PROBLEM:
+                told.add(cause)
+            yield finding
+            if not settings.data_dir.is_dir():
+                return
     finally:
         installation.close()
 
@@ -89,11 +104,11 @@ def _result(check: Check, installation: Installation) -> Finding:
     try:
         return check(installation)
     except PortalError as error:
-        return problem(f"The check could not be made: {error.detail}", "Correct that first.")
+        return problem(f"{UNMADE}{error.detail}", "Correct that first.")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         said = error.strerror or str(error) or type(error).__name__
-        return problem(f"The check could not be made: {where}{said}.", "Correct that first.")
+        return problem(f"{UNMADE}{where}{said}.", "Correct that first.")
     except Exception as error:
         log.debug("a check failed unexpectedly", exc_info=True)
         return problem(
