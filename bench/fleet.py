@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 
 from core.states import IssuerKind, PresenceState
 from store.database import Base, Database
+from store.quotas import recount_clients
 from store.tables import Certificate, Device, IssuerRow, Presence
 from tests.support.brokers import enforce_all
 
@@ -46,6 +47,7 @@ def add_fleet(data: Path, devices: int, *, revoked: int = 0, url: str = "", per_
             _insert(tx, Device, [device for device, _ in rows])
             _insert(tx, Certificate, [certificate for _, certificate in rows])
             _insert(tx, Presence, [_presence_of(device) for device, _ in rows])
+        recount_clients(tx)
     with database.transaction() as tx:
         # As long ago as the revocations are: the broker has obeyed them.
         enforce_all(tx)

@@ -1,7 +1,8 @@
 """The brokers of the installation, the generation that each was seen to enforce, and the one that all of them do.
 
 ``broker_state`` has the newest generation, and the one that every broker enforces which counts: the least of theirs. It
-is written anew here whenever a broker proves, joins, is declared away, comes back or is removed.
+is written anew here whenever a broker proves, joins, is declared away, comes back or is removed. Each of these takes
+its turn before it writes a row.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ def add_broker(
     except IntegrityError:
         raise StateConflict(f"There is a broker {name} already; take another name.") from None
     if joined:
+        take_turns(tx)
         _count_again(tx, at)
     return get_broker(tx, name)
 
@@ -120,6 +122,7 @@ def move_to_node(tx: Connection, broker_id: int, node_id: int | None) -> None:
 
 def join(tx: Connection, broker_id: int, *, at: datetime) -> None:
     """Let a broker count from now on: until it has proven that it has everything, nothing is enforced."""
+    take_turns(tx)
     _update(tx, broker_id, at, joined_at=at)
 
 
@@ -138,6 +141,7 @@ def declare_away(tx: Connection, record: BrokerRecord, *, at: datetime) -> None:
 
 def declare_back(tx: Connection, record: BrokerRecord, *, at: datetime) -> None:
     """Let a broker count again."""
+    take_turns(tx)
     _update(tx, record.id, at, away_since=None)
 
 
@@ -190,14 +194,17 @@ _SET_APPLIED = (
 
 
 def set_applied_generation(tx: Connection, broker_id: int, generation: int, *, applied_at: datetime) -> None:
-    """Record that a broker enforces ``generation``; a lower one than recorded changes nothing."""
-    take_turns(tx)
+    """Record that a broker enforces ``generation``; a lower one than recorded changes nothing.
+
+    Who calls has taken its turn (``take_turns``), before it read what is compared with what comes of it.
+    """
     if tx.execute(_SET_APPLIED, {"broker_id": broker_id, "applied": generation, "at": applied_at}).rowcount:
         _count_again(tx, applied_at)
 
 
 def forget_proofs_of_agents(tx: Connection, *, at: datetime) -> None:
     """Let the brokers of agents not be known to enforce anything: the database is an older one than they were told."""
+    take_turns(tx)
     forgotten = {"applied_generation": 0, "presence_known": False}
     tx.execute(sa.update(Broker).where(Broker.kind == BrokerKind.AGENT).values(**forgotten))
     _count_again(tx, at)
@@ -247,6 +254,5 @@ def take_turns(tx: Connection) -> None:
 
 
 def _count_again(tx: Connection, at: datetime) -> None:
-    """Write down the generation that all brokers enforce which count."""
-    take_turns(tx)
+    """Write down the generation that all brokers enforce which count; who calls has taken its turn."""
     tx.execute(_COUNT_AGAIN, {"at": at})

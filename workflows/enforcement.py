@@ -141,8 +141,10 @@ class Progress:
 
 
 def note_applied(tx: Connection, broker_id: int, generation: int, *, at: datetime) -> None:
-    """Record that a broker was seen to enforce ``generation``, with an event for each device that all now keep out."""
-    brokers.take_turns(tx)
+    """Record that a broker was seen to enforce ``generation``, with an event for each device that all now keep out.
+
+    Who calls has taken its turn (``brokers.take_turns``).
+    """
     before = brokers.announced_generation(tx) if (is_heard := events.has_subscribers(tx)) else 0
     brokers.set_applied_generation(tx, broker_id, generation, applied_at=at)
     after = brokers.announced_generation(tx) if is_heard else 0

@@ -417,6 +417,7 @@ class Reconciler:
         self._broker.bring_into_force(changes, self._probe_certificates, deadline, steps.proven, has_crls=has_crls)
         # If a power cut takes this record back, the same is proven again.
         with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+            brokers.take_turns(tx)
             note_applied(tx, self._broker_id, generation, at=self._clock())
             failpoint("apply.before_recorded")
         failpoint("apply.after_recorded")

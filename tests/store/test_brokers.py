@@ -6,9 +6,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 import db
+from broker_provisioning import BrokerProvisioning
 from core.errors import NotFound, StateConflict
 from core.states import BrokerKind
 from operations.wiring import Portal
@@ -128,3 +130,37 @@ def test_a_problem_is_kept_until_something_is_proven(main: Portal) -> None:
 def test_a_broker_that_was_removed_has_no_state(main: Portal) -> None:
     with main.database.snapshot() as tx, pytest.raises(NotFound, match="join"):
         brokers.own_state(tx, 99)
+
+
+def test_each_act_takes_its_turn_once_and_before_it_writes(main: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(brokers, "take_turns", lambda _: done.append("turn"))
+
+    def note(*arguments: object) -> None:
+        if not str(arguments[2]).startswith("SELECT"):
+            done.append("write")
+
+    with main.database.transaction() as tx:
+        edge = add(tx, "edge-1", joined=False)
+        sa.event.listen(tx, "before_cursor_execute", note)
+        for act in (
+            lambda: brokers.join(tx, edge.id, at=AT),
+            lambda: brokers.declare_away(tx, edge, at=AT),
+            lambda: brokers.declare_back(tx, edge, at=AT),
+            lambda: brokers.remove_broker(tx, edge, at=AT),
+            lambda: brokers.forget_proofs_of_agents(tx, at=AT),
+        ):
+            done.clear()
+            act()
+            assert done == ["turn", "write", "write"]
+        sa.event.remove(tx, "before_cursor_execute", note)
+
+
+def test_a_proof_takes_its_turn_once(main: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[Connection] = []
+    monkeypatch.setattr(brokers, "take_turns", turns.append)
+    monkeypatch.setattr(BrokerProvisioning, "bring_into_force", lambda *_, **__: None)
+    with main.database.transaction() as tx:
+        newest = db.next_generation(tx, at=AT)
+    assert main.reconciler.apply(newest).enforced == newest
+    assert len(turns) == 1
