@@ -58,7 +58,7 @@ from workflows.connections import KnownContacts
 from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries, KeptAnswers
 from workflows.devices import Inventory
-from workflows.enforcement import Enforcements
+from workflows.enforcement import Enforcements, SharedAnswer
 from workflows.enrolment.approval import Approvals
 from workflows.enrolment.clients import TlsClients
 from workflows.enrolment.credentials import EnrolmentTokens
@@ -360,7 +360,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         bulk=_bulk(base, shared),
         deliveries=Deliveries(settings, database, tenant_terms, reconciler, shared.bundles, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
-        enforcements=Enforcements(database, reconciler.steps, reconciler.broker_answers),
+        enforcements=Enforcements(database, reconciler.steps, SharedAnswer(reconciler.broker_answers)),
         renewals=Renewals(
             settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, clock
         ),

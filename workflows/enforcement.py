@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ _CHECK = struct.Struct("<I")
 _PROBLEM_BYTES = SLOT_BYTES - _CHECK.size - _FIELDS.size
 _CHANGES = {"device:revoke": DeviceStatus.REVOKED, "device:suspend": DeviceStatus.SUSPENDED}
 _LOOKED_AT = 20  # audit entries of a device
+ANSWER_SECONDS = 5.0  # for which one answer of the broker counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,28 @@ class Enforcement(TakingHold):
     """How far the newest state of a device that is revoked or suspended has taken hold."""
 
     device: DeviceRecord
+
+
+class SharedAnswer:
+    """Whether the broker answers, for those that ask again and again while it may hang: each question takes a second.
+
+    One asks, and for ``ANSWER_SECONDS`` the others have its answer; who comes before there is one is told that it does.
+    """
+
+    def __init__(self, broker_answers: Callable[[], bool]) -> None:
+        self._broker_answers = broker_answers
+        self._asking = threading.Lock()
+        self._last, self._until = True, 0.0
+
+    def __call__(self) -> bool:
+        """Return whether it does, or did just now."""
+        if time.monotonic() >= self._until and self._asking.acquire(blocking=False):
+            try:
+                self._last = self._broker_answers()
+                self._until = time.monotonic() + ANSWER_SECONDS
+            finally:
+                self._asking.release()
+        return self._last
 
 
 @dataclass(frozen=True, slots=True)

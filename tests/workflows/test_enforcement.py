@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from operations.wiring import Portal, utc_now
 from tests.support.guarded import guarded_app
 from tests.support.harness import Clock
 from tests.workflows.test_admission import OPERATOR, request_of
-from workflows.enforcement import SLOT_BYTES, SLOTS, Enforcement, Progress, StepsFile
+from workflows.enforcement import SLOT_BYTES, SLOTS, Enforcement, Progress, SharedAnswer, StepsFile
 
 TENANT = OPERATOR.tenant_id
 
@@ -144,3 +145,30 @@ def test_a_long_problem_is_cut_to_its_slot(tmp_path: Path) -> None:
     assert attempt.problem.startswith("äää")
     assert attempt.proven == {}
     assert file.path.stat().st_size == 2 * SLOT_BYTES
+
+
+def test_a_broker_that_hangs_is_asked_once_by_many_that_watch_it() -> None:
+    asked, hanging, released = [], threading.Event(), threading.Event()
+
+    def answers() -> bool:
+        asked.append(1)
+        hanging.set()
+        assert released.wait(30)
+        return False
+
+    shared = SharedAnswer(answers)
+    first = threading.Thread(target=shared)
+    first.start()
+    assert hanging.wait(30)
+    assert shared()  # nothing is known yet, and nobody waits
+    released.set()
+    first.join()
+    assert not any(shared() for _ in range(9))
+    assert len(asked) == 1
+
+
+def test_after_a_while_the_broker_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workflows.enforcement.ANSWER_SECONDS", 0.0)
+    answers = iter([False, True])
+    shared = SharedAnswer(lambda: next(answers))
+    assert [shared(), shared()] == [False, True]

@@ -22,7 +22,9 @@ class AwayForm(RequestModel):
 @PAGES.add("GET", BROKERS, Permission.BROKERS)
 def brokers(visit: Visit) -> Shown:
     """List the brokers, with what each was seen to enforce."""
-    return Shown("all_brokers.html", access_values({"brokers": visit.portal.brokers.list()}))
+    known = visit.portal.brokers.list()
+    counting = sum(one.record.counts for one in known)  # the last one cannot be declared away
+    return Shown("all_brokers.html", access_values({"brokers": known, "counting": counting}))
 
 
 @PAGES.add("POST", f"{PATH}/away", Permission.BROKERS)

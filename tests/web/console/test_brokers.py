@@ -43,6 +43,14 @@ def test_one_is_declared_away_and_back_on_the_page_that_lists_them(app: Flask, s
     assert counted(app) == {"main": True, "edge-1": True}
 
 
+def test_the_last_one_that_counts_is_not_offered_to_be_declared_away(app: Flask, system: Browser) -> None:
+    assert "Declare main away" in system.get(BROKERS).text
+    system.post(f"{BROKERS}/edge-1/away", {"reason": "closed"})
+    page = system.get(BROKERS).text
+    assert "Declare main away" not in page
+    assert "Declare edge-1 back" in page
+
+
 def test_no_reason_none_that_is_there_and_the_last_that_counts_are_refused(app: Flask, system: Browser) -> None:
     for reason in ("", " ", "x" * 65, "a\u202eb"):
         assert system.post(f"{BROKERS}/edge-1/away", {"reason": reason}).status_code == 422, reason

@@ -176,6 +176,8 @@ def test_all_that_match_are_saved_as_csv_and_no_cell_is_a_formula(
     for name in ("=cmd|' /C calc'!A0", "+1", "-1", "@x", 'a "quoted", name'):
         api.register(name=name)
     api.register(name="other", type="valve")
+    assert "Save 6 rows as CSV" in text_of(browser.get("/ui/devices").text)
+    assert "Save the row as CSV" in text_of(browser.get("/ui/devices?type=valve").text)
     answer = browser.get("/ui/devices.csv?type=pump&sort=created")
     assert answer.headers["Content-Disposition"] == 'attachment; filename="devices.csv"'
     rows = list(csv.DictReader(io.StringIO(answer.text)))

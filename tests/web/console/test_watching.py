@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from flask import Flask
@@ -22,6 +24,7 @@ from workflows import prompt
 from workflows.prompt import Outcome
 
 pytestmark = ON_SQLITE
+STYLES = Path(__file__).parents[3] / "web" / "console" / "static" / "console.css"
 TAKING_HOLD = "Recorded, and taking hold at the broker"
 
 
@@ -80,7 +83,7 @@ def test_the_list_of_tenants_says_which_of_them_wait_for_the_broker(
     assert "Waits for the broker" not in browser.get("/ui/access/tenants").text
     assert browser.post("/ui/access/tenants/acme/suspend").status_code == 303
     page = browser.get("/ui/access/tenants").text
-    assert "Waits for the broker" in page
+    assert re.search('<span class="waits">.*Waits for the broker', page)
     assert TAKING_HOLD in page
     assert browser.post("/ui/access/tenants/acme/remove", {"confirm": "acme"}).status_code == 303
     assert "Waits for the broker" in browser.get("/ui/access/tenants").text
@@ -93,10 +96,13 @@ def test_a_change_that_the_broker_enforces_is_shown_so_and_not_asked_for_again(a
     part = browser.get(f"/ui/broker?generation={generation}", htmx=True).text
     assert "The broker enforces it" in part
     assert "hx-get" not in part
+    assert "data-enforced" in part  # by which the style sheet hides what waits for it in a list
+    assert "#broker-watch[data-enforced] ~ * .waits { display: none; }" in STYLES.read_text()
     later = browser.get(f"/ui/broker?generation={generation + 1}", htmx=True).text
     assert TAKING_HOLD in later
     assert "Denied" in text_of(later)
     assert f'hx-get="/ui/broker?generation={generation + 1}"' in later
+    assert "data-enforced" not in later
 
 
 def test_what_is_watched_is_a_part_of_a_page_for_those_who_are_logged_in(app: Flask, browser: Browser) -> None:
