@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def main() -> int:
             state = watched.page.context.storage_state()
             _take_desktop(watched, devices)
         with opened(browser, deployment.url, View(PHONE, "light"), state=state) as watched:
-            watched.page.set_viewport_size({"width": PHONE, "height": 780})
+            watched.page.set_viewport_size({"width": PHONE, "height": 1040})
             _keep(watched.open("/ui/devices?connected=true"), "phone")
     return 0
 
@@ -64,6 +65,7 @@ def _take_desktop(watched: Watched, devices: dict[str, str]) -> None:
     dialog.get_by_label("Why").select_option("key_compromise")
     dialog.get_by_role("button", name="Revoke it now").click()
     expect(page.get_by_role("heading", name="Revoked, and kept out")).to_be_visible(timeout=30_000)
+    expect(page.locator("#connection")).to_contain_text("Last seen", timeout=30_000)  # some seconds later
     _keep(page, "revoked")
     watched.open("/ui/devices/register")
     fields = {"Name": "Cooling pump 5", "Type": "pump", "Location": "Vienna, hall 2", "Firmware": "2.1"}
@@ -92,10 +94,11 @@ def _connected(deployment: Deployment) -> list[object]:
 
 
 def _keep(page: Page, name: str) -> None:
-    """Write a picture of what the window shows."""
+    """Write a picture of what the window shows, in the 256 colours that suit it best."""
     IMAGES.mkdir(exist_ok=True)
     path = IMAGES / f"{name}.png"
-    page.screenshot(path=path)
+    taken = page.screenshot()
+    path.write_bytes(subprocess.run(["pngquant", "--strip", "-"], input=taken, check=True, capture_output=True).stdout)
     print(path.relative_to(Path.cwd()))
 
 
