@@ -245,4 +245,28 @@ def test_the_readme_lists_all_commands() -> None:
 )
 def test_what_to_do_about_a_link_that_is_lost_is_said_in_one_way(path: str) -> None:
     text = re.sub(r'"\s+"', "", (ROOT / path).read_text())
-    assert re.search(r"portal renew (DEVICE|pump-2) --overlap 0", text), path
+    assert re.search(r"portal renew (DEVICE|pump-5) --overlap 0", text), path
+
+
+WRITTEN = re.compile(
+    r"(?:--(?:token-|password-)?out|--export|--results|portal-server backup|(?<![|2&])>) +([\w.-]+/?[\w.-]*)"
+)
+
+
+def written_by(document: Path) -> set[str]:
+    """Files and folders that the commands of a document make, but for what a placeholder stands for."""
+    lines = [line for line in code(document.read_text()) if "portal" in line or "openssl" in line or "curl" in line]
+    names = {name for line in lines for name in WRITTEN.findall(line)}
+    return {name for name in names if not name.isupper()}
+
+
+def test_no_two_documents_make_the_same_file_or_device() -> None:
+    """Somebody follows them in one folder, one after the other: nothing may be refused because of a page before."""
+    made: dict[str, Path] = {}
+    for document in DOCUMENTS:
+        text = document.read_text()
+        devices = set(re.findall(r"portal (?:register|expect) ([a-z]+-\d+)\b", text))
+        for name in written_by(document) | devices:
+            other = made.setdefault(name, document)
+            assert other == document, f"{name} is made by {other.relative_to(ROOT)} and {document.relative_to(ROOT)}"
+    assert {"pump-1", "sensor-1", "fleet", "factory.token", "acme.ndjson", "renewed.ndjson"} <= made.keys()

@@ -143,13 +143,14 @@ def test_each_act_takes_its_turn_once_and_before_it_writes(main: Portal, monkeyp
     with main.database.transaction() as tx:
         edge = add(tx, "edge-1", joined=False)
         sa.event.listen(tx, "before_cursor_execute", note)
-        for act in (
+        acts: tuple[Callable[[], None], ...] = (
             lambda: brokers.join(tx, edge.id, at=AT),
             lambda: brokers.declare_away(tx, edge, at=AT),
             lambda: brokers.declare_back(tx, edge, at=AT),
             lambda: brokers.remove_broker(tx, edge, at=AT),
             lambda: brokers.forget_proofs_of_agents(tx, at=AT),
-        ):
+        )
+        for act in acts:
             done.clear()
             act()
             assert done == ["turn", "write", "write"]

@@ -56,7 +56,7 @@ def run(deployment: Deployment, block: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_device_enrols_publishes_renews_and_is_revoked(deployment: Deployment) -> None:
-    make_token, enrol, renew, _ = BLOCKS
+    make_token, enrol, renew, *_ = BLOCKS
     for block in (make_token, enrol):
         done = run(deployment, block)
         assert done.returncode == 0, done.stderr
@@ -87,10 +87,8 @@ def test_a_device_enrols_publishes_renews_and_is_revoked(deployment: Deployment)
 
 
 def test_a_device_has_its_key_made(deployment: Deployment) -> None:
-    make_token, _, _, have_made = BLOCKS
-    done = run(
-        deployment, f"rm -f enrolment-token\n{make_token}mkdir made; mv enrolment-token made; cd made\n{have_made}"
-    )
+    *_, make_token, have_made = BLOCKS
+    done = run(deployment, f"{make_token}mkdir made; mv other-token made; cd made\n{have_made}")
     assert done.returncode == 0, done.stderr
     folder = deployment.folder / "made"
     assert (folder / "device.key").stat().st_mode & 0o777 == 0o600
