@@ -17,10 +17,6 @@ pytestmark = pytest.mark.system
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs" / "how-to").glob("*.md")}
 LISTED = re.findall(r"^- \[.+?\]\((.+?)\.md\)", PAGES["README"], re.MULTILINE)
 STOPPED = "# The portal is stopped.\n"
-# What a page begins with that its reader has.
-BEFORE = {
-    "a-device-is-stolen": "portal register pump-7 --type pump --location 'Hall 2' --firmware 1.0 --out pump-7",
-}
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -59,8 +55,7 @@ def run(deployment: Deployment, folder_name: str, script: str) -> str:
 
 @pytest.mark.parametrize("page", [page for page in LISTED if blocks(page, "bash")])
 def test_the_commands_of_a_page_do_what_it_says(deployment: Deployment, page: str) -> None:
-    served = [BEFORE[page]] if page in BEFORE else []
-    served += [block for block in blocks(page, "bash") if not block.startswith(STOPPED)]
+    served = [block for block in blocks(page, "bash") if not block.startswith(STOPPED)]
     printed = run(deployment, "reader", "\n".join(served))
     if page == "a-device-is-stolen":
         assert re.search(r"^broker\s+enforced$", printed, re.MULTILINE)
