@@ -46,6 +46,7 @@ class Node:
         self.folder = cluster.folder / f"rmq{number}"
         self.portal_folder = self.folder / "portal"  # what the portal writes for it
         self.mqtt_port, self.management_port, self.distribution_port = free_port(), free_port(), free_port()
+        self.tenant_ports = [free_port() for _ in range(cluster.tenants)]  # listeners beside that of the first tenant
         self._cluster = cluster
         self._process: subprocess.Popen[bytes] | None = None
         self.portal_folder.mkdir(parents=True)
@@ -105,6 +106,8 @@ class Node:
         text = texts["rabbitmq.conf"].replace(INSTALLED_ANSWERS, self._cluster.answers_url)
         text = text.replace("0.0.0.0:8883", f"127.0.0.1:{self.mqtt_port}")
         text = text.replace("management.tcp.port = 15672", f"management.tcp.port = {self.management_port}")
+        for number, port in enumerate(self.tenant_ports, 2):
+            text += f"mqtt.listeners.ssl.{number} = 127.0.0.1:{port}\n"
         text += f"default_user = {USER}\ndefault_pass = {self._cluster.password}\nlog.file.level = info\n"
         if len(self._cluster.nodes) > 1:
             text += "cluster_formation.peer_discovery_backend = classic_config\n"
@@ -185,8 +188,9 @@ def _group_lives(group: int) -> bool:
 class RabbitmqCluster:
     """One node or several, with a port mapper of their own; ``answers_url`` is where they ask about devices."""
 
-    def __init__(self, answers_url: str, nodes: int = 1) -> None:
+    def __init__(self, answers_url: str, nodes: int = 1, *, tenants: int = 0) -> None:
         self.answers_url = answers_url
+        self.tenants = tenants
         self.folder = short_folder(in_memory=True)
         self.cookie = secrets.token_hex(16).upper()
         self.password = secrets.token_urlsafe(24)
