@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 
+from core.states import BrokerEngine
+
 ACL_FILE, JOURNAL_FILE, RECORD_FILE = "acl", "guard.journal", "projection.json"
 # Where mosquitto/guard/Makefile installs the plugin, with its own PREFIX and with that of a package.
 PLUGINS = tuple(Path(prefix, "lib/onboarding-portal/portal_guard.so") for prefix in ("/usr/local", "/usr"))
@@ -33,6 +35,11 @@ class ControlKind(StrEnum):
         Otherwise an ACL says that, and cannot.
         """
         return self is not ControlKind.FILES
+
+    @property
+    def engine(self) -> BrokerEngine:
+        """What program the broker is under it."""
+        return BrokerEngine.RABBITMQ if self is ControlKind.RABBITMQ else BrokerEngine.MOSQUITTO
 
 
 # The second line of the portal's comment at the beginning of the ACL.

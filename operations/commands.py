@@ -41,6 +41,7 @@ from operations.doctor.base import Finding, State
 from operations.installation_files import write_files
 from operations.mail_commands import mail_group
 from operations.node_commands import invite, join, show_nodes
+from operations.rabbitmq_commands import rabbitmq_group
 from operations.token_commands import token_group
 from operations.wiring import (
     Portal,
@@ -473,5 +474,16 @@ def commands(
         raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 
     on_this_machine = [init, serve, config_group, show_settings, admin_token, token_group]
-    looked_after = [audit_group, ca_group, mail_group, invite, join, show_nodes, backup, restore, doctor]
+    looked_after = [
+        audit_group,
+        ca_group,
+        mail_group,
+        rabbitmq_group,
+        invite,
+        join,
+        show_nodes,
+        backup,
+        restore,
+        doctor,
+    ]
     return [*on_this_machine, *looked_after, write_files, agent_group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import secrets
@@ -17,7 +18,7 @@ from config import Settings
 from core.errors import StartupError, StateConflict
 from core.files import FileLock, folder_number, replace_file
 from core.server_command import server_command
-from core.states import BrokerKind
+from core.states import BrokerEngine, BrokerKind
 from operations import data_folder
 from store import audit, brokers, nodes, schema
 from store.audit import Actor
@@ -132,22 +133,32 @@ def _check_control(settings: Settings) -> None:
         raise StartupError("Several nodes need the guard in their brokers: set PORTAL_BROKER_CONTROL=guard.")
 
 
-def own_broker(tx: Connection, node: NodeRecord | None, *, at: datetime) -> BrokerRecord:
-    """Return the broker beside a node, which counts from now on if it is new.
+def own_broker(tx: Connection, node: NodeRecord | None, engine: BrokerEngine, *, at: datetime) -> BrokerRecord:
+    """Return the broker that a node tells, with what program it is; it counts from now on if it is new.
 
     One that was beside no node that there is now, as before there were nodes and after a restore, is this one's.
     """
     node_id = None if node is None else node.id
-    if (own := brokers.of_node(tx, node_id)) is not None:
-        return own
+    own = brokers.of_node(tx, node_id) or _taken_over(tx, node_id, at) or _added(tx, node, at)
+    if own.engine is not engine:
+        brokers.set_engine(tx, own.id, engine)
+    return dataclasses.replace(own, engine=engine)
+
+
+def _taken_over(tx: Connection, node_id: int | None, at: datetime) -> BrokerRecord | None:
     known = {record.id for record in nodes.list_nodes(tx)}
     left = [one for one in brokers.list_brokers(tx) if one.kind is BrokerKind.NODE and one.node_id not in known]
     for another in left[1:]:
         brokers.remove_broker(tx, another, at=at)
-    if left:
-        brokers.move_to_node(tx, left[0].id, node_id)
-        return brokers.get_broker(tx, left[0].name)
+    if not left:
+        return None
+    brokers.move_to_node(tx, left[0].id, node_id)
+    return brokers.get_broker(tx, left[0].name)
+
+
+def _added(tx: Connection, node: NodeRecord | None, at: datetime) -> BrokerRecord:
     name = brokers.FIRST_NAME if node is None else node.name
+    node_id = None if node is None else node.id
     return brokers.add_broker(tx, free_name(tx, name), BrokerKind.NODE, at=at, joined=True, node_id=node_id)
 
 

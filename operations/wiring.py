@@ -250,7 +250,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         events.watch(database.engine, subscribed)
     with database.transaction() as tx:
         tenants.add_tenant(tx, first_tenant, created_at=clock())
-        own_broker = nodes.own_broker(tx, node, at=clock())
+        own_broker = nodes.own_broker(tx, node, settings.broker_control.engine, at=clock())
         check_tenants(settings, tenants.list_tenants(tx))
     audit_logs = open_audit_logs(database, settings, clock)
     keys = open_keys(settings, shared=None if database.is_sqlite else shared_files)

@@ -120,6 +120,11 @@ def move_to_node(tx: Connection, broker_id: int, node_id: int | None) -> None:
     tx.execute(sa.update(Broker).where(Broker.id == broker_id).values(node_id=node_id))
 
 
+def set_engine(tx: Connection, broker_id: int, engine: BrokerEngine) -> None:
+    """Record what program a broker is."""
+    tx.execute(sa.update(Broker).where(Broker.id == broker_id).values(engine=engine))
+
+
 def join(tx: Connection, broker_id: int, *, at: datetime) -> None:
     """Let a broker count from now on: until it has proven that it has everything, nothing is enforced."""
     take_turns(tx)

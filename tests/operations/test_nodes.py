@@ -12,6 +12,7 @@ import pytest
 
 from config import Settings
 from core.errors import DatabaseInUse, NotFound, StartupError, StateConflict
+from core.states import BrokerEngine
 from operations import nodes
 from operations.wiring import Portal, open_portal, prepare, utc_now
 from pki.algorithms import KeyType
@@ -258,6 +259,15 @@ def test_each_node_has_a_broker_that_counts_from_its_first_start(tmp_path: Path,
             assert brokers_of(other) == [("main", portal.node.id, True), ("second", joined.id, True)]
         nodes.remove(portal.database, ACTOR, "second", now=utc_now())
         assert brokers_of(portal) == [("main", portal.node.id, True)]
+
+
+def test_what_program_the_broker_is_follows_from_its_control(tmp_path: Path) -> None:
+    with running(settings_for(tmp_path / "one", PORTAL_BROKER_CONTROL="guard")) as portal:
+        for engine in (BrokerEngine.RABBITMQ, BrokerEngine.MOSQUITTO):
+            with portal.database.transaction(sees=ALL_TENANTS) as tx:
+                own = nodes.own_broker(tx, None, engine, at=utc_now())
+                assert brokers.list_brokers(tx) == [own]
+            assert own.engine is engine
 
 
 def test_on_sqlite_there_is_nothing_to_join(tmp_path: Path) -> None:
