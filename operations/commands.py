@@ -40,8 +40,7 @@ from operations.doctor import doctor as doctors
 from operations.doctor.base import Finding, State
 from operations.installation_files import write_files
 from operations.mail_commands import mail_group
-from operations.node_commands import invite, join, show_nodes
-from operations.rabbitmq_commands import rabbitmq_group
+from operations.node_commands import invite, join, rabbitmq_group, show_nodes
 from operations.token_commands import token_group
 from operations.wiring import (
     Portal,

@@ -1,10 +1,10 @@
-"""The server's commands for several nodes on one database: invite, join, and the list of them."""
+"""The server's commands for several nodes: of the portal on one database, and of a RabbitMQ cluster."""
 
 from __future__ import annotations
 
 import click
 
-from operations import nodes
+from operations import authority, nodes
 from operations.command_base import opened_portal, print_table, settings_of_app, without_traceback
 from operations.wiring import utc_now
 from store import audit
@@ -65,3 +65,26 @@ def show_nodes(remove: str | None) -> None:
         for one, works in found
     ]
     print_table(("name", "state", "last seen", "version", "joined"), rows)
+
+
+@click.group("rabbitmq")
+def rabbitmq_group() -> None:
+    """Look after the nodes of a RabbitMQ cluster."""
+
+
+@rabbitmq_group.command("new-certificate")
+@click.argument("node")
+@without_traceback
+def new_certificate(node: str) -> None:
+    """Revoke a node's certificates, and give it a new one.
+
+    They are those by which it asks the portal about its clients: for a node whose key somebody else may have. It
+    is called as in PORTAL_RABBITMQ_NODES; one that is not there any more gets none. The portal may serve meanwhile.
+    """
+    with opened_portal() as portal:
+        revoked = portal.questioners.revoke(audit.system_actor(portal.first_tenant), node)
+        authority.renew_certificates(portal)
+        given = any(one.name == node for one in portal.settings.rabbitmq_nodes)
+    click.echo(f"Revoked        {revoked} of {node}, which are refused within a second")
+    if given:
+        click.echo("Next           it reads the new one within minutes, or at once when it is restarted")

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
-import urllib3
-from urllib3.exceptions import HTTPError
-
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.rabbitmq_nodes import RabbitmqNode
@@ -50,6 +47,8 @@ class Management:
     """Asks one node; for several threads. An ``https`` URL is verified by the CAs of ``ca`` (PEM), or the system's."""
 
     def __init__(self, node: RabbitmqNode, user: str, password: str, *, ca: Path | None = None) -> None:
+        import urllib3  # here, as few portals have a RabbitMQ
+
         self.node = node
         self._pool = urllib3.connectionpool.connection_from_url(
             node.management,
@@ -86,6 +85,9 @@ class Management:
         Raise ``BrokerUnavailable`` without an answer by ``deadline`` (of ``time.monotonic``), ``BrokerNotEnforcing``
         if the node refuses the portal's user.
         """
+        from urllib3 import Timeout
+        from urllib3.exceptions import HTTPError
+
         left = min(deadline - time.monotonic(), MAX_SECONDS)
         if left <= 0:
             raise self._unavailable("has not answered in time")
@@ -96,7 +98,7 @@ class Management:
                 self._base + path,
                 body=content,
                 headers=self._headers,
-                timeout=urllib3.Timeout(total=left),
+                timeout=Timeout(total=left),
                 redirect=False,
                 preload_content=False,
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import PortalError
-from operations.doctor import authority, broker, data, keys, mail, mosquitto, network, outer, rabbitmq, service, sign_on
+from operations.doctor import authority, broker, data, keys, mail, mosquitto, network, outer, service, sign_on
 from operations.doctor.base import Finding, Installation, State, problem
 
 log = logging.getLogger("portal.doctor")
@@ -19,6 +19,20 @@ log = logging.getLogger("portal.doctor")
 UNMADE = "The check could not be made: "
 
 Check = Callable[[Installation], Finding]
+
+
+def _rabbitmq_nodes(installation: Installation) -> Finding:
+    from operations.doctor import rabbitmq  # here, as few portals have one
+
+    return rabbitmq.nodes(installation)
+
+
+def _rabbitmq_answers(installation: Installation) -> Finding:
+    from operations.doctor import rabbitmq
+
+    return rabbitmq.answers(installation)
+
+
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("data folder", data.data_folder),
     ("secret files", data.secret_files),
@@ -39,8 +53,8 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("front server", network.front_server),
     ("broker address", network.broker_address),
     ("broker", broker.broker),
-    ("RabbitMQ nodes", rabbitmq.nodes),
-    ("RabbitMQ answers", rabbitmq.answers),
+    ("RabbitMQ nodes", _rabbitmq_nodes),
+    ("RabbitMQ answers", _rabbitmq_answers),
     ("broker version", mosquitto.broker_version),
     ("broker service", service.broker_service),
     ("broker configuration", mosquitto.broker_configuration),

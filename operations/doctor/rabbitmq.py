@@ -18,6 +18,7 @@ from core.rabbitmq_nodes import RabbitmqNode
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine
 
 OLDEST = (3, 10)
+NOT_ADMITTING = (4, 0)  # see broker/rabbitmq/answers.py
 PLUGINS = ("rabbitmq_auth_backend_cache", "rabbitmq_auth_backend_http", "rabbitmq_management", "rabbitmq_mqtt")
 MQTT = "mqtt/ssl"
 _SERVED = (MQTT, "clustering", "http", "https", "http/prometheus", "https/prometheus")
@@ -52,8 +53,11 @@ def nodes(installation: Installation) -> Finding:
 def examine(node: RabbitmqNode, overview: Mapping[str, Any], states: Sequence[Any], found: Findings) -> str:
     """Add what is wrong with a node by what it says; return its name and version."""
     version = str(overview["rabbitmq_version"])
-    if tuple(map(int, re.findall(r"[0-9]+", version)[:2])) < OLDEST:
-        found.problem(f"{node.name} is RabbitMQ {version[:20]}.", "Upgrade it to 3.10 or later.")
+    numbers = tuple(map(int, re.findall(r"[0-9]+", version)[:2]))
+    if numbers < OLDEST or numbers == NOT_ADMITTING:
+        found.problem(
+            f"{node.name} is RabbitMQ {version[:20]}.", "Use 3.10 or later, but not 4.0, which admits nobody."
+        )
     if overview["node"] != node.name:
         said = f"The node at {node.management} is {str(overview['node'])[:80]}, not {node.name}."
         found.problem(said, "Correct PORTAL_RABBITMQ_NODES.")

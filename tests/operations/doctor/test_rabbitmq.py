@@ -76,6 +76,7 @@ def test_nothing_is_wrong_with_a_node_as_it_must_be() -> None:
     ("overview", "state", "said"),
     [
         ({"rabbitmq_version": "3.9.13"}, None, "is RabbitMQ 3.9.13"),
+        ({"rabbitmq_version": "4.0.5"}, None, "is RabbitMQ 4.0.5"),
         ({"node": "rabbit@b"}, None, "is rabbit@b, not rabbit@a"),
         (None, {"running": False}, "does not run in its cluster"),
         (None, {"name": "rabbit@b"}, "does not run in its cluster"),
