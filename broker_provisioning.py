@@ -14,9 +14,10 @@ from broker.files.control import FilesControl
 from broker.folder import BrokerFolder
 from broker.guard.control import GuardControl
 from broker.probe import ACCEPTS_REVOKED, ProbeCertificate, ProbeCertificates, ProbeResult
+from broker.rabbitmq.control import RabbitmqControl
 from config import Settings
 from core.broker_control import ControlKind
-from core.errors import BrokerUnavailable, SettingInvalid
+from core.errors import BrokerUnavailable
 from core.failpoints import failpoint
 from core.files import replace_file
 from core.states import ClientKind
@@ -71,13 +72,9 @@ class BrokerProvisioning:
         """Begin the next generation of what the broker must enforce; see ``broker.control.Draft``."""
         return self.control.draft(enforced)
 
-    def enforce(self, generation: int, deadline: float, *, certificates: ProbeCertificates | None = None) -> int:
-        """Make the installed generation effective and see that it is; see ``broker.control.BrokerControl``.
-
-        With ``certificates`` the broker must refuse the identity in the revoked one, if its control can ask for that.
-        """
-        refused = None if certificates is None else _identity_of(certificates.revoked)
-        return self.control.enforce(generation, deadline, refused=refused)
+    def enforce(self, generation: int, deadline: float) -> int:
+        """Make the installed generation effective and see that it is; see ``broker.control.BrokerControl``."""
+        return self.control.enforce(generation, deadline)
 
     def bring_into_force(
         self,
@@ -94,7 +91,12 @@ class BrokerProvisioning:
         ``certificates``; sessions are ended in between. Raise as ``enforce``, ``disconnect`` and ``probe`` do.
         """
         shown = certificates if changes.disconnected or changes.in_doubt else None
-        self.enforce(changes.generation, deadline, certificates=shown)
+        self.control.enforce(
+            changes.generation,
+            deadline,
+            refused=None if shown is None else _identity_of(shown.revoked),
+            shows=certificates.good if changes.sessions_to_end else None,
+        )
         asked = shown is not None and self.control.asks_whom_it_refuses
         proven(Step.DENIED, *([Step.REFUSED] if asked else []))
         failpoint("apply.after_reload")
@@ -213,7 +215,7 @@ def _control(settings: Settings, clock: Callable[[], datetime]) -> BrokerControl
         case ControlKind.FILES:
             return FilesControl(settings, clock)
         case ControlKind.RABBITMQ:
-            raise SettingInvalid("PORTAL_BROKER_CONTROL=rabbitmq cannot be used yet: choose guard or files.")
+            return RabbitmqControl(settings, clock)
 
 
 def _identity_of(probe: ProbeCertificate) -> str:

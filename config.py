@@ -37,6 +37,7 @@ from core.setting_values import (
     Url,
     choice,
     count,
+    is_ip_address,
     is_loopback,
     long_enough,
     parse_address_or_socket,
@@ -464,6 +465,9 @@ class Settings(BaseSettings):
         if self.broker_control is ControlKind.RABBITMQ and missing:
             said = f"PORTAL_BROKER_CONTROL=rabbitmq needs {' and '.join(map(variable_of, missing))}."
             raise SettingInvalid(said, "broker_control", *missing)
+        if self.broker_control is ControlKind.RABBITMQ and is_ip_address(urlsplit(self.rabbitmq_url).hostname or ""):
+            said = "PORTAL_RABBITMQ_URL must have a name and no IP address, since RabbitMQ verifies only names."
+            raise SettingInvalid(said, "rabbitmq_url", "rabbitmq_bind")
         if self.broker_control is not ControlKind.RABBITMQ and len(missing) < len(needed):
             given = [name for name in needed if name not in missing]
             said = f"{variable_of(given[0])} needs PORTAL_BROKER_CONTROL=rabbitmq."

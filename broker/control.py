@@ -11,7 +11,7 @@ from typing import Protocol
 
 from broker.crl import NO_TENANTS, Trust
 from broker.folder import BrokerFolder
-from broker.probe import ProbeCertificates, ProbeResult, Resumption
+from broker.probe import ProbeCertificate, ProbeCertificates, ProbeResult, Resumption
 from core.tenants import TenantOnBroker
 from core.topics import Topic
 
@@ -201,11 +201,14 @@ class BrokerControl(Protocol):
         ``enforced`` is one that the broker was seen to enforce: files of an older one are not continued.
         """
 
-    def enforce(self, generation: int, deadline: float, *, refused: str | None = None) -> int:
+    def enforce(
+        self, generation: int, deadline: float, *, refused: str | None = None, shows: ProbeCertificate | None = None
+    ) -> int:
         """Make the installed generation effective; return the generation that is then proven to be in force.
 
         That is ``generation``, or a newer one installed meanwhile, but for what ``waits``. ``refused`` is an identity
-        that the broker must refuse then, as far as it can be asked. Raise ``BrokerUnavailable`` if the broker does not
+        that the broker must refuse then, as far as it can be asked. ``shows`` is given if sessions are ended next: the
+        certificate by which the portal can connect as a device. Raise ``BrokerUnavailable`` if the broker does not
         answer or does not prove it by ``deadline`` (of ``time.monotonic``), ``BrokerNotEnforcing`` if it does not
         enforce what the portal decides.
         """
@@ -247,6 +250,10 @@ class BrokerControl(Protocol):
 
     def lacks_change_of(self, changed_at: datetime) -> bool:
         """Return whether topics that were changed then may wait for a restart of the running broker."""
+
+    @property
+    def grants_when_written(self) -> bool:
+        """Whether who was admitted can connect once the draft is installed, at each broker node that runs."""
 
     @property
     def reads_certificate_at_start(self) -> bool:

@@ -28,7 +28,7 @@ from broker.crl import CheckedCrl, CrlWindow, Trust, read_window, validate_crl
 from broker.process import started_at
 from broker.session import connect_unix
 from config import Settings
-from core.broker_control import RECORD_FILE
+from core.broker_control import RECORD_FILE, ControlKind
 from core.errors import BrokerUnavailable, ProjectionInvalid, SettingInvalid
 from core.failpoints import failpoint
 from core.files import FileLock, access_problem, fsync_directory, private_folder, replace_file, temporary_beside
@@ -135,12 +135,16 @@ class BrokerFolder:
         generation, digests = record
         with self._lock:
             problems = [self._file_damage(name, digests.get(name), generation) for name in self._RECORDED]
-        others = [self._other_damage(), self._ca_folder.problem()]
+        others = [self._other_damage(), self._live_problem()]
         return [problem for problem in [*problems, *others] if problem is not None]
 
     def _other_damage(self) -> str | None:
         """Return what is wrong with files that are not recorded."""
         return None
+
+    def _live_problem(self) -> str | None:
+        """Return what is wrong with what the running broker reads by itself."""
+        return self._ca_folder.problem()
 
     def publish(self, trust: Trust) -> bool:
         """Give CRLs and CAs to the running broker, which obeys from the next handshake on; see ``CaFolder.publish``."""
@@ -323,6 +327,7 @@ def broker_group(settings: Settings) -> int | None:
         except KeyError:
             raise SettingInvalid(f"PORTAL_BROKER_GROUP: there is no group {settings.broker_group}.") from None
     if os.geteuid() == 0:
+        is_cluster = settings.broker_control is ControlKind.RABBITMQ
         with contextlib.suppress(KeyError):
-            return grp.getgrnam("mosquitto").gr_gid
+            return grp.getgrnam("rabbitmq" if is_cluster else "mosquitto").gr_gid
     return None

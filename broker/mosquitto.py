@@ -36,6 +36,7 @@ class Mosquitto:
     """
 
     clears_retained = False
+    grants_when_written = False
     reads_certificate_at_start = True
 
     def __init__(self, settings: Settings, files: BrokerFolder) -> None:

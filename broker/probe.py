@@ -97,6 +97,10 @@ class Probe:
     ``host``, the name by which devices reach it.
     """
 
+    _LEVEL = 5  # of MQTT
+    _ACCEPTS_REVOKED = ACCEPTS_REVOKED
+    _REFUSES_GOOD = "check use_identity_as_username in its configuration"
+
     def __init__(self, host: str, addresses: Sequence[Address], ca_file: Path, further: Sequence[Path] = ()) -> None:
         self._host = host
         self._addresses = addresses
@@ -110,7 +114,7 @@ class Probe:
         """Connect with both certificates by ``deadline``; raise ``BrokerNotEnforcing`` or ``BrokerUnavailable``."""
         revoked = self._ask(certificates.revoked, deadline, share=0.5)
         if revoked.alert is None:
-            raise BrokerNotEnforcing(ACCEPTS_REVOKED)
+            raise BrokerNotEnforcing(self._ACCEPTS_REVOKED)
         if revoked.alert != CERTIFICATE_REVOKED:
             raise BrokerNotEnforcing(
                 f"The broker refuses the revoked probe certificate with TLS alert {revoked.alert}, not"
@@ -123,8 +127,7 @@ class Probe:
             )
         if good.reason != 0:
             raise BrokerNotEnforcing(
-                f"The broker refuses a good certificate with MQTT reason 0x{good.reason:02x}:"
-                " check use_identity_as_username in its configuration."
+                f"The broker refuses a good certificate with MQTT reason 0x{good.reason:02x}: {self._REFUSES_GOOD}."
             )
         return ProbeResult(revoked.alert, revoked.seconds, good.reason, good.seconds)
 
@@ -197,8 +200,8 @@ class Probe:
                     # A new connection offers no session to resume unless one is passed in; none is.
                     with context.wrap_socket(plain, server_hostname=self._host) as secure:
                         _await_verdict(secure, remaining(deadline) * share)
-                        with Session(secure, deadline) as session:
-                            reason = session.connect("")
+                        with Session(secure, deadline, level=self._LEVEL) as session:
+                            reason = session.connect(self._client_id(shown))
                 except ssl.SSLCertVerificationError as error:
                     raise BrokerUnavailable(
                         f"The broker's certificate is refused: {error.verify_message.rstrip('.')}; see that it is"
@@ -212,6 +215,10 @@ class Probe:
         except OSError as error:
             raise self._silent(error) from error
         return _Answer(alert, reason, time.monotonic() - started)
+
+    def _client_id(self, shown: ProbeCertificate) -> str:
+        """Return the client id of a session by a certificate; empty if the broker is to choose one."""
+        return ""
 
     def _context(self, shown: ProbeCertificate) -> ssl.SSLContext:
         """Return the TLS context for the certificate, kept until its files or the roots change.

@@ -1,4 +1,4 @@
-"""Talks to the running broker: a minimal MQTT 5 client, which on the internal listener is the portal."""
+"""Talks to the running broker: a minimal MQTT client, which on the internal listener of a Mosquitto is the portal."""
 
 from __future__ import annotations
 
@@ -52,17 +52,26 @@ def connect_unix(path: Path, deadline: float) -> socket.socket:
         raise
 
 
+class SessionClosed(ConnectionError):
+    """The broker has closed the connection, and over TLS said so."""
+
+
 class Session:
     """One MQTT 5 session (OASIS MQTT 5.0), with clean start and no expiry, so nothing of it is kept by the broker.
+
+    With ``level`` 4 it is one of MQTT 3.1.1, which can only ``connect`` and ``publish``: a message that is refused
+    ends it by ``SessionClosed``.
 
     Every wait ends at ``deadline`` (of ``time.monotonic``). All failures are ``OSError``: ``TimeoutError`` at the
     deadline, ``ConnectionError`` if the broker closes or breaks the protocol, ``ssl.SSLError`` from TLS. As a
     context manager it sends DISCONNECT and closes the socket.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, deadline: float, *, level: int = 5) -> None:
         self._socket = sock
         self._deadline = deadline
+        self._level = level
+        self._properties = b"\x00" if level == 5 else b""
         self._packet_id = 0
 
     def __enter__(self) -> Self:
@@ -86,7 +95,8 @@ class Session:
     def send_connect(self, client_id: str, username: str = "", password: str = "") -> None:
         """Send CONNECT (section 3.1) without waiting for its answer."""
         flags = 0x02 | (0x80 if username else 0) | (0x40 if password else 0)
-        body = _text("MQTT") + bytes([5, flags]) + struct.pack(">H", 60) + b"\x00" + _text(client_id)
+        body = _text("MQTT") + bytes([self._level, flags]) + struct.pack(">H", 60) + self._properties
+        body += _text(client_id)
         body += b"".join(_text(part) for part in (username, password) if part)
         self._send(_CONNECT, body)
 
@@ -101,7 +111,7 @@ class Session:
     def send_publish(self, topic: str, payload: bytes = b"") -> bytes:
         """Send PUBLISH without waiting for its answer, at most 20 times at once; return the packet identifier."""
         packet_id = self._next_packet_id()
-        self._send(_PUBLISH_QOS1, _text(topic) + packet_id + b"\x00" + payload)
+        self._send(_PUBLISH_QOS1, _text(topic) + packet_id + self._properties + payload)
         return packet_id
 
     def retained(self, topic: str, then: str) -> bytes | None:
@@ -207,7 +217,7 @@ class Session:
             self._socket.settimeout(remaining(self._deadline))
             chunk = self._socket.recv(count - len(data))
             if not chunk:
-                raise ConnectionError("the broker closed the connection")
+                raise SessionClosed("the broker closed the connection")
             data += chunk
         return data
 

@@ -40,6 +40,15 @@ class Address(NamedTuple):
         return f"{host}:{self.port}"
 
 
+def is_ip_address(host: str) -> bool:
+    """Return whether a host is an address, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a name or address is that of the machine itself."""
     try:

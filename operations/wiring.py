@@ -73,6 +73,7 @@ from workflows.oidc.provider import IdentityProvider
 from workflows.operators import FIRST_TOKEN_LIFE, Operators, new_token
 from workflows.overview import Overviews
 from workflows.presence import PresenceFollower
+from workflows.probe_identities import ProbeIdentities
 from workflows.profiles import CertificateProfiles
 from workflows.questioners import Questioners
 from workflows.reconciliation import Reconciler
@@ -350,7 +351,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         agents=BrokerAgents(settings, database, authority, reconciler, clock, first_tenant),
         agent_presences=AgentPresences(database, clock),
         agent_feed=AgentFeed(settings, database, authority, reconciler.crls, clock),
-        questioners=(questioners := Questioners(settings, database, authority, clock, first_tenant)),
+        questioners=(questioners := _questioners(base)),
         own_certificates=OwnCertificates(
             settings, database, authority, base.broker, reconciler, clock, first_tenant, questioners
         ),
@@ -394,6 +395,12 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         follower=follower,
         presence=presence.pop_all(),
     )
+
+
+def _questioners(base: _Foundation) -> Questioners:
+    database, clock, first_tenant = base.database, base.clock, base.first_tenant
+    probes = ProbeIdentities(database, first_tenant, clock)
+    return Questioners(base.settings, database, base.authority, clock, first_tenant, probes)
 
 
 def _tenants(base: _Foundation, answers: KeptAnswers) -> Tenants:

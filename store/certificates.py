@@ -126,6 +126,18 @@ def own_certificates(tx: Connection, tenant_id: str, *, now: datetime) -> Sequen
     return [CertificateRecord(*row) for row in tx.execute(query)]
 
 
+def probe_certificates(tx: Connection, tenant_id: str, *, now: datetime) -> Sequence[bytes]:
+    """Return those by which portals probe their brokers, DER, that are neither revoked nor expired."""
+    query = sa.select(Certificate.der).where(
+        CURRENT,
+        Certificate.tenant_id == tenant_id,
+        Certificate.not_after > now,
+        Certificate.device_id.is_(None),
+        Certificate.purpose == "canary",
+    )
+    return [row[0] for row in tx.execute(query)]
+
+
 def revoke_own_certificate(
     tx: Connection, record: CertificateRecord, *, at: datetime, reason: str, generation: int
 ) -> None:

@@ -50,7 +50,7 @@ class RabbitmqListener(MutualTlsListener):
         super().__init__(settings)
         self._questioners = questioners
         journal = settings.broker_file(JOURNAL_FILE)
-        self.answers = FollowedAnswers(lambda: Answers(journal, settings.topic_prefix))
+        self.answers = FollowedAnswers(lambda: Answers(journal, settings.topic_prefix), questioners.is_probe)
         self._nodes: dict[bytes, tuple[str, float]] = {}  # by certificate: whose it is, and when that was looked up
         self._of_node: Counter[str] = Counter()
 

@@ -11,8 +11,9 @@ from sqlalchemy.engine import Connection
 
 import db
 from broker.files.acl import check_style
+from broker.rabbitmq.answers import check_filter
 from config import Settings
-from core.broker_control import AclStyle
+from core.broker_control import AclStyle, ControlKind
 from core.errors import ExternalIdTaken, GuardNeeded
 from core.states import ClientKind, DeviceStatus
 from core.topics import Access, Topic, check_application_topics, check_topics, default_topics
@@ -257,6 +258,9 @@ def checked_topics(
     ``TopicRefused``; ``GuardNeeded`` for an application where the broker has files, which grant every SUBSCRIBE.
     """
     wanted = [Topic(pattern, Access(access)) for pattern, access in topics or ()]
+    if settings.broker_control is ControlKind.RABBITMQ:
+        for topic in wanted:
+            check_filter(topic.filter)
     if kind is ClientKind.APPLICATION:
         if not settings.broker_control.by_journal:
             raise GuardNeeded(

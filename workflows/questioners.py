@@ -27,6 +27,7 @@ from store.database import Database
 from store.scope import ALL_TENANTS
 from workflows.authority.issuers import Authority
 from workflows.authority.own import record_own
+from workflows.probe_identities import ProbeIdentities
 
 log = logging.getLogger("portal.rabbitmq")
 
@@ -46,6 +47,11 @@ class Questioners:
     _authority: Authority
     _clock: Callable[[], datetime]
     _first_tenant: str
+    _probes: ProbeIdentities
+
+    def is_probe(self, identity: str) -> bool:
+        """Return whether an identity is that of a certificate by which a portal probes the nodes."""
+        return self._probes.has(identity)
 
     @property
     def client_cas(self) -> str:

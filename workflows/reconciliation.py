@@ -226,7 +226,9 @@ class Reconciler:
         outcome = self.apply(generation)
         if outcome.covers(generation):
             self.wait_for_restart()
-        elif outcome.installed < generation or self.broker_answers():
+        elif outcome.installed < generation or not (
+            self._broker.control.grants_when_written or not self.broker_answers()
+        ):
             raise Unavailable("The broker does not know the device's newest state yet; try again in a few seconds.")
 
     def wait_for_restart(self) -> None:

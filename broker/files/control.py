@@ -19,7 +19,7 @@ from broker.crl import NO_TENANTS, Trust
 from broker.files.acl import NUMBER_TOPIC, REFUSED_TOPIC, VERSION_TOPIC, Acl, number_of, validate_acl
 from broker.folder import CA_FILE, CRL_FILE, CRLS_READ, BrokerFolder
 from broker.mosquitto import HEALTH_SECONDS, Mosquitto
-from broker.probe import Resumption
+from broker.probe import ProbeCertificate, Resumption
 from broker.process import run_command, signal_broker, started_at
 from broker.session import (
     FAILURE,
@@ -265,7 +265,9 @@ class FilesControl(Mosquitto):
         """Do nothing: each installation gives the broker the CRLs."""
         return False
 
-    def enforce(self, generation: int, deadline: float, *, refused: str | None = None) -> int:
+    def enforce(
+        self, generation: int, deadline: float, *, refused: str | None = None, shows: ProbeCertificate | None = None
+    ) -> int:
         """See that the broker obeys an ACL of the portal's; see ``broker.control.BrokerControl``.
 
         That it has the newest one ``waits`` says, unless it can be told to read that. This broker cannot be asked about

@@ -37,12 +37,21 @@ class GuardAccess:
 
     keeps_suspended = False
 
-    def __init__(self, prefixes: Sequence[str], writer: LineWriter, *, whole: bool) -> None:
+    def __init__(
+        self,
+        prefixes: Sequence[str],
+        writer: LineWriter,
+        *,
+        whole: bool,
+        check: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Write to ``writer``; ``whole`` if the journal is a new one, which knows no device.
 
         Below the first of ``prefixes`` are the devices' topics, below all of them what applications may have. These
-        are the first tenant's; of another tenant both are below its own prefix alone.
+        are the first tenant's; of another tenant both are below its own prefix alone. ``check`` raises ``TopicRefused``
+        for a filter that the broker cannot grant.
         """
+        self._check = check
         self._prefixes = prefixes
         self._writer = writer
         self._whole = whole
@@ -76,6 +85,8 @@ class GuardAccess:
     def _grant(self, identity: str, checked: Callable[[], Sequence[Topic]], tenant: TenantOnBroker | None) -> None:
         try:
             filters = [(expand(topic, identity), topic.access) for topic in checked()]
+            for text, _ in filters:
+                self._check(text)
         except TopicRefused as error:
             self._closed[identity] = error.detail
             self.deny(identity, tenant)

@@ -17,7 +17,7 @@ from broker.guard.journal import Position, read_position
 from broker.guard.presence import GuardReports
 from broker.guard.writing import JournalControl, whole_number
 from broker.mosquitto import Mosquitto
-from broker.probe import Resumption
+from broker.probe import ProbeCertificate, Resumption
 from broker.session import (
     FAILURE,
     NOT_AUTHORISED,
@@ -112,6 +112,9 @@ class GuardControl(JournalControl, Mosquitto):
     publishes_crls = True
     clears_retained = True
 
+    def check_filter(self, text: str) -> None:
+        """Do nothing: the guard grants every one."""
+
     def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:
         """Write the CRLs for the next start, and publish them if it is time; see ``broker.control.BrokerControl``."""
         stated, position = self.files.stated(), self.files.position()
@@ -130,7 +133,9 @@ class GuardControl(JournalControl, Mosquitto):
 
     # --- Asking
 
-    def enforce(self, generation: int, deadline: float, *, refused: str | None = None) -> int:
+    def enforce(
+        self, generation: int, deadline: float, *, refused: str | None = None, shows: ProbeCertificate | None = None
+    ) -> int:
         """Return once the guard has proven that the journal is in force; see ``broker.control.BrokerControl``."""
         failpoint("apply.before_proof")
         position = self.files.position()

@@ -33,7 +33,7 @@ class GuardDraft(GuardAccess):
     def __init__(
         self, control: JournalControl, prefixes: Sequence[str], writer: JournalAppend | NewJournal, since: int
     ) -> None:
-        super().__init__(prefixes, writer, whole=since == 0)
+        super().__init__(prefixes, writer, whole=since == 0, check=control.check_filter)
         self.since = since
         self._control = control
         self._journal = writer

@@ -71,6 +71,10 @@ class JournalControl(ABC):
         ``before`` is what it has said.
         """
 
+    @abstractmethod
+    def check_filter(self, text: str) -> None:
+        """Raise ``TopicRefused`` if the broker cannot grant a topic filter as it is meant."""
+
     def lacks_change_of(self, changed_at: datetime) -> bool:
         """Return ``False``: topics do not wait for a restart."""
         return False
@@ -221,7 +225,7 @@ class JournalControl(ABC):
 
     def access(self) -> GuardAccess:
         """Return what devices may do, as long as it is of none."""
-        return GuardAccess(self._settings.application_prefixes, NoJournal(), whole=True)
+        return GuardAccess(self._settings.application_prefixes, NoJournal(), whole=True, check=self.check_filter)
 
     def _now(self) -> int:
         return int(self._clock().timestamp())

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import parse_qsl
 
 from broker.guard.journal import MAX_LINE_BYTES, decode
+from core.errors import FieldProblem, TopicRefused
 
 EXCHANGE = "amq.topic"
+# The portal itself publishes below these, by its probe certificates; see probe.py.
+PROVE, UNTIL = "portal/prove", "portal/until"
+_OF_PORTAL = PROVE.partition("/")[0]
+MAX_UNTIL_SECONDS = 10.0  # how far ahead the end of what is true may be
 MAX_FORM_BYTES, MAX_FIELDS = 4096, 16
 _HEADER = re.compile(rb"portal-guard 1 [0-9]{1,19} 0")
 _LINE = re.compile(rb"([0-9]{1,19}) ([!-~][ -~]*)")
@@ -65,6 +71,13 @@ def words_of(text: str, *, is_filter: bool) -> Sequence[str] | None:
     return words
 
 
+def check_filter(text: str) -> None:
+    """Raise ``TopicRefused`` for a filter that means more to RabbitMQ than to MQTT."""
+    if "." in text or "*" in text or words_of(text, is_filter=True) is None:
+        said = f"{text} cannot be granted by RabbitMQ, to which a dot is a slash and an asterisk a plus sign"
+        raise TopicRefused(f"The topic filter {said}.", [FieldProblem("topics", said)])
+
+
 def covers(granted: Sequence[str], asked: Sequence[str]) -> bool:
     """Tell whether a granted filter has every routing key that is asked for, which may have wildcards."""
     for index, word in enumerate(granted):
@@ -87,15 +100,17 @@ class Answers:
     before the question came. Not for several threads at once: the caller holds a lock.
     """
 
-    def __init__(self, path: Path, prefix: str) -> None:
+    def __init__(self, path: Path, prefix: str, clock: Callable[[], float] = time.time) -> None:
         self._path = path
         self._prefix = prefix
+        self._clock = clock
         self._begin(0)
 
     def _begin(self, inode: int) -> None:
         self._inode, self._end, self._seq, self._checksum = inode, 0, -1, 0
         self._header = b""  # names the epoch, for an inode that a new journal has again
         self._is_damaged = False
+        self._generation = 0  # the newest that it states
         self._prefixes: dict[str, str | None] = {_FIRST: self._prefix}  # of tenants, None of those suspended
         self._defaults: dict[str, _Grant] = {}  # one for each tenant, which its devices share
         self._granted: dict[str, _Grant] = {}
@@ -105,12 +120,19 @@ class Answers:
         self.follow()
         return self.allows_as_read(question, form)
 
-    def allows_as_read(self, question: str, form: Mapping[str, str]) -> bool:
-        """Answer as ``allows`` does, by what was read of the journal; ``follow`` reads it."""
+    def allows_as_read(self, question: str, form: Mapping[str, str], *, is_probe: bool = False) -> bool:
+        """Answer as ``allows`` does, by what was read of the journal; ``follow`` reads it.
+
+        ``is_probe`` if the identity is that of a probe certificate of a portal.
+        """
         identity = form.get("username", "")
-        tenant, filters = self._granted.get(identity, (None, None))
-        prefix = None if tenant is None else self._prefixes.get(tenant)
-        if self._is_damaged or self._seq <= 0 or prefix is None:
+        if self._is_damaged or self._seq <= 0:
+            return False
+        if identity not in self._granted:
+            return is_probe and self._allows_probe(question, form)
+        tenant, filters = self._granted[identity]
+        prefix = self._prefixes.get(tenant)
+        if prefix is None:
             return False
         if question == "user":  # of a certificate: who gives a password, be it empty, may have that of another
             return form.keys() in _OF_CERTIFICATE
@@ -126,6 +148,38 @@ class Answers:
                 own = [_below(f"{prefix}/{identity}")] if filters is None else filters
                 return _allows_topic(own, _below(prefix) if tenant else _ANY, form)
         return False
+
+    def knows(self, identity: str) -> bool:
+        """Return whether the journal, as it was read, allows an identity anything."""
+        return identity in self._granted
+
+    def _allows_probe(self, question: str, form: Mapping[str, str]) -> bool:
+        """Answer about a probe, which publishes what is true, and nothing else, in many sessions at once."""
+        if question == "user":
+            return form.keys() in _OF_CERTIFICATE
+        of_client = form.get("variable_map.client_id" if question == "topic" else "client_id", "")
+        if not re.fullmatch(re.escape(form["username"]) + "-[0-9a-f]{16}", of_client) or form.get("vhost") != vhost_of(
+            None
+        ):
+            return False
+        asked = form.get("resource"), form.get("name"), form.get("permission")
+        match question:
+            case "vhost":
+                return True
+            case "resource":
+                return asked == ("exchange", EXCHANGE, "write")
+            case "topic":
+                return asked == ("topic", EXCHANGE, "write") and self._is_true(form.get("routing_key", ""))
+        return False
+
+    def _is_true(self, key: str) -> bool:
+        about, _, number = key.rpartition(".")
+        if not re.fullmatch("[0-9]{1,19}", number):
+            return False
+        if about == PROVE.replace("/", "."):
+            return int(number) <= self._generation
+        left = int(number) / 1000 - self._clock()
+        return about == UNTIL.replace("/", ".") and 0 < left <= MAX_UNTIL_SECONDS
 
     # --- The journal
 
@@ -170,6 +224,8 @@ class Answers:
 
     def _apply(self, words: Sequence[str]) -> None:
         match words:
+            case ["generation", number]:
+                self._generation = max(self._generation, int(number))
             case ["tenant", name, prefix]:
                 self._prefixes[name] = decode(prefix)
             case ["suspend", name]:
@@ -199,7 +255,7 @@ def _allows_topic(granted: Sequence[_Filter], bounds: _Filter, form: Mapping[str
     if (form.get("resource"), form.get("name")) != ("topic", EXCHANGE) or permission not in ("read", "write"):
         return False
     asked = words_of(form.get("routing_key", ""), is_filter=permission == "read")
-    if asked is None or not covers(bounds[0], asked):
+    if asked is None or asked[0] == _OF_PORTAL or not covers(bounds[0], asked):
         return False
     return any(permission[0] in access and covers(words, asked) for words, access in granted)
 

@@ -21,21 +21,25 @@ class FollowedAnswers:
     safe: what a new journal takes away counts as enforced only once its generation was confirmed by an answer, too.
     """
 
-    def __init__(self, new: Callable[[], Answers]) -> None:
+    def __init__(self, new: Callable[[], Answers], is_probe: Callable[[str], bool] = lambda _: False) -> None:
+        """``is_probe`` tells whether an identity that is not in the journal is that of a probe certificate."""
         self._new = new
+        self._is_probe = is_probe
         self._lock = threading.Lock()
         self._answers = new()
         self._is_reading = False
 
     def allows(self, question: str, form: Mapping[str, str]) -> bool:
         """Answer a question; see ``Answers.allows``."""
+        identity = form.get("username", "")
+        is_probe = not self._answers.knows(identity) and self._is_probe(identity)
         if not self._lock.acquire(timeout=WAIT_SECONDS):
             return False
         try:
             if not self._answers.follow(SHORT_BYTES) and not self._is_reading:
                 self._is_reading = True
                 threading.Thread(target=self._read, name="rabbitmq journal", daemon=True).start()
-            return self._answers.allows_as_read(question, form)
+            return self._answers.allows_as_read(question, form, is_probe=is_probe)
         finally:
             self._lock.release()
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import SettingInvalid
 from core.rabbitmq_nodes import RabbitmqNode, parse_rabbitmq_nodes, parse_tenant_ports
@@ -83,6 +82,7 @@ CLUSTER = {
     "PORTAL_RABBITMQ_NODES": json.dumps([NODE]),
     "PORTAL_RABBITMQ_PASSWORD_FILE": "/etc/portal/rabbitmq",
     "PORTAL_RABBITMQ_BIND": "127.0.0.1:8445",
+    "PORTAL_RABBITMQ_URL": "https://portal.example.org:8445/",
 }
 
 
@@ -92,7 +92,8 @@ CLUSTER = {
         ({**CLUSTER, "PORTAL_RABBITMQ_NODES": ""}, "PORTAL_BROKER_CONTROL=rabbitmq needs PORTAL_RABBITMQ_NODES"),
         ({"PORTAL_BROKER_CONTROL": "rabbitmq"}, "NODES and PORTAL_RABBITMQ_PASSWORD_FILE and PORTAL_RABBITMQ_BIND"),
         ({**CLUSTER, "PORTAL_BROKER_CONTROL": "guard"}, "PORTAL_RABBITMQ_NODES needs PORTAL_BROKER_CONTROL=rabbitmq"),
-        ({**CLUSTER, "PORTAL_RABBITMQ_BIND": "0.0.0.0:8445"}, "PORTAL_RABBITMQ_URL must be set"),
+        ({**CLUSTER, "PORTAL_RABBITMQ_BIND": "0.0.0.0:8445", "PORTAL_RABBITMQ_URL": ""}, "URL must be set"),
+        ({**CLUSTER, "PORTAL_RABBITMQ_URL": ""}, "PORTAL_RABBITMQ_URL must have a name"),
         ({**CLUSTER, "PORTAL_RABBITMQ_BIND": "127.0.0.1:8443"}, "PORTAL_RABBITMQ_BIND must be another address"),
         ({**CLUSTER, "PORTAL_RABBITMQ_CACHE_SECONDS": "3"}, "from 0 to 2"),
         ({**CLUSTER, "PORTAL_RABBITMQ_TENANT_PORTS": '{"acme": 8883}'}, "must have other ports than PORTAL_MQTT_PORT"),
@@ -105,7 +106,7 @@ def test_a_cluster_is_described_whole_or_not_at_all(environment: dict[str, str],
 
 def test_a_cluster_is_asked_by_the_names_of_the_docs() -> None:
     settings = Settings.from_env(CLUSTER)
-    assert settings.rabbitmq_url == "https://127.0.0.1:8445"
+    assert settings.rabbitmq_url == "https://portal.example.org:8445"
     assert (settings.rabbitmq_user, settings.rabbitmq_cache_seconds, settings.mqtt_tls) == ("portal", 1, "1.2")
     assert settings.broker_control.by_journal
 
@@ -123,8 +124,3 @@ def test_nodes_may_be_tables_of_the_file(tmp_path: Path) -> None:
     path.write_text("\n".join([*lines, "[[rabbitmq_nodes]]", *node, ""]))
     path.chmod(0o600)
     assert Settings.from_env({"PORTAL_CONFIG": str(path)}).rabbitmq_nodes == parse_rabbitmq_nodes(json.dumps([NODE]))
-
-
-def test_a_start_with_a_cluster_is_refused_until_the_portal_controls_one() -> None:
-    with pytest.raises(SettingInvalid, match="cannot be used yet"):
-        BrokerProvisioning(Settings.from_env(CLUSTER))

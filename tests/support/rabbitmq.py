@@ -150,6 +150,11 @@ class Node:
             return json.loads(answer.read() or "null")
         return None
 
+    def signal(self, number: int) -> None:
+        """Send a signal to all its processes."""
+        if self._process is not None:
+            os.killpg(self._process.pid, number)
+
     def kill(self) -> None:
         """End it as a power cut does."""
         self._end(signal.SIGKILL)

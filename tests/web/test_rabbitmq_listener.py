@@ -36,6 +36,7 @@ from tests.support.ports import free_port
 from tests.workflows.test_admission import OPERATOR, request_of
 from web import mutual_tls, rabbitmq_listener
 from web.rabbitmq_listener import RabbitmqListener
+from workflows.probe_identities import ProbeIdentities
 from workflows.questioners import Questioners
 
 NODES = """[
@@ -58,7 +59,10 @@ class Server:
             "rabbitmq_url": "https://127.0.0.1",
         }
         self.settings = portal.settings.model_copy(update=of_cluster)
-        self.questioners = Questioners(self.settings, portal.database, portal.authority, portal.clock, "default")
+        probes = ProbeIdentities(portal.database, "default", portal.clock)
+        self.questioners = Questioners(
+            self.settings, portal.database, portal.authority, portal.clock, "default", probes
+        )
         self.own = OwnCertificates(
             self.settings,
             portal.database,

@@ -8,7 +8,8 @@ import pytest
 
 from broker.guard import journal
 from broker.guard.journal import JournalAppend, NewJournal, Position, read_position
-from broker.rabbitmq.answers import Answers, covers, read_form, words_of
+from broker.rabbitmq.answers import Answers, check_filter, covers, read_form, words_of
+from core.errors import TopicRefused
 from core.topics import Access
 
 OWN, OTHER = "0189c0de-0000-7000-8000-000000000001", "0189c0de-0000-7000-8000-000000000002"
@@ -246,3 +247,79 @@ def test_words_are_those_of_rabbitmq() -> None:
     assert covers(["a", "#"], ["a"])
     assert not covers(["a", "*"], ["a", "#"])
     assert not covers(["a"], ["a", "b"])
+
+
+# --- The portal's own probe -------------------------------------------------------------------------------------------
+
+PROBE = "0189c0de-0000-7000-8000-00000000000f"
+SESSION = f"{PROBE}-0123456789abcdef"
+
+
+def allows_probe(answers: Answers, question: str, form: dict[str, str], *, is_probe: bool = True) -> bool:
+    answers.follow()
+    return answers.allows_as_read(question, form, is_probe=is_probe)
+
+
+def of_probe(key: str, permission: str = "write", client_id: str = SESSION) -> dict[str, str]:
+    return topic(key, permission, PROBE, client_id)
+
+
+def test_a_probe_logs_in_by_its_certificate_in_many_sessions_at_once(answers: Answers) -> None:
+    assert allows_probe(answers, "user", {"username": PROBE})
+    assert allows_probe(answers, "vhost", {"username": PROBE, "vhost": "/", "client_id": SESSION})
+    for client_id in (PROBE, OWN, f"{PROBE}-", f"{SESSION}0", f"{SESSION}\n", ""):
+        assert not allows_probe(answers, "vhost", {"username": PROBE, "vhost": "/", "client_id": client_id})
+    assert not allows_probe(answers, "vhost", {"username": PROBE, "vhost": "other", "client_id": SESSION})
+    assert not allows_probe(answers, "user", {"username": PROBE, "password": ""})
+    assert not allows_probe(answers, "user", {"username": PROBE}, is_probe=False)
+
+
+def test_a_probe_proves_generations_that_the_journal_has(answers: Answers, path: Path) -> None:
+    assert allows_probe(answers, "topic", of_probe("portal.prove.1"))
+    assert not allows_probe(answers, "topic", of_probe("portal.prove.2"))
+    append(path)
+    assert allows_probe(answers, "topic", of_probe("portal.prove.2"))
+    for key in ("portal.prove.", "portal.prove.-1", "portal.prove.x", "portal.prove.1.1", "portal.prove.#"):
+        assert not allows_probe(answers, "topic", of_probe(key))
+
+
+def test_what_is_true_until_a_time_is_refused_from_then_on(path: Path) -> None:
+    now = [1000.0]
+    answers = Answers(path, "devices", lambda: now[0])
+    assert allows_probe(answers, "topic", of_probe("portal.until.1000500"))
+    assert not allows_probe(answers, "topic", of_probe("portal.until.1010001"))  # too far ahead
+    now[0] = 1000.5
+    assert not allows_probe(answers, "topic", of_probe("portal.until.1000500"))
+
+
+def test_a_probe_may_do_nothing_else(answers: Answers, path: Path) -> None:
+    exchange = {"username": PROBE, "client_id": SESSION, "vhost": "/", "resource": "exchange", "name": "amq.topic"}
+    assert allows_probe(answers, "resource", exchange | {"permission": "write"})
+    assert not allows_probe(answers, "resource", exchange | {"permission": "read"})
+    queue = exchange | {"resource": "queue", "name": f"mqtt-subscription-{SESSION}qos1", "permission": "configure"}
+    assert not allows_probe(answers, "resource", queue)
+    for asked in (of_probe("portal.prove.1", "read"), of_probe(f"devices.{PROBE}.a"), of_probe("portal.other.1")):
+        assert not allows_probe(answers, "topic", asked)
+    append(path, journal.allow_line(PROBE))  # as of a device: then it is one
+    assert not allows_probe(answers, "topic", of_probe("portal.prove.1"))
+
+
+def test_nobody_else_says_what_a_probe_may(path: Path) -> None:
+    append(path, journal.allow_line(OWN, [("portal/#", Access.READWRITE), ("#", Access.READWRITE)]))
+    answers = Answers(path, "portal")
+    for key in ("portal.prove.1", f"portal.{OTHER}.a"):
+        assert not answers.allows("topic", topic(key, "write"))
+        assert not answers.allows("topic", topic(key, "read"))
+
+
+def test_a_damaged_journal_proves_nothing(answers: Answers, path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3] + b"00\n")
+    assert not allows_probe(answers, "user", {"username": PROBE})
+    assert not allows_probe(answers, "topic", of_probe("portal.prove.1"))
+
+
+@pytest.mark.parametrize("text", ["devices/a.b/#", "devices/*/a", "devices//a"])
+def test_a_filter_that_means_more_to_rabbitmq_is_refused(text: str) -> None:
+    with pytest.raises(TopicRefused, match="cannot be granted by RabbitMQ"):
+        check_filter(text)
+    check_filter("devices/+/a/#")

@@ -1,0 +1,158 @@
+"""A RabbitMQ cluster as its management API has it: which nodes run, who is connected, and the end of their sessions."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from broker.folder import CA_FILE
+from broker.rabbitmq.answers import vhost_of
+from broker.rabbitmq.management import Management, password_of, path_of
+from config import Settings
+from core.errors import BrokerNotEnforcing, BrokerUnavailable
+
+IN_FLIGHT = 4
+PAGE, MAX_PAGES = 500, 2000
+_PAUSE = 0.02
+_LATEST_MS = 253402300799000  # the end of the year 9999
+
+_T = TypeVar("_T")
+
+
+class Cluster:
+    """Asks any node that answers; what it says counts for all that it sees."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        # Whose a client is the caller does not know, and a queue that is not there costs a millisecond.
+        self._vhosts = [vhost_of(None), *map(vhost_of, settings.rabbitmq_tenant_ports)]
+        self._names = {node.name for node in settings.rabbitmq_nodes}
+        self._known: tuple[str, Sequence[Management]] = ("", ())  # by the password
+        self._preferred = 0
+
+    def _nodes(self) -> Sequence[Management]:
+        password = password_of(self._settings)
+        if self._known[0] != password:
+            settings = self._settings
+            ca = settings.broker_ca_file if settings.broker_ca_file.exists() else settings.broker_file(CA_FILE)
+            nodes = [Management(node, settings.rabbitmq_user, password, ca=ca) for node in settings.rabbitmq_nodes]
+            self._known = password, nodes
+        return self._known[1]
+
+    def answers(self, deadline: float) -> bool:
+        """Return whether a node answers."""
+        try:
+            return self._at_any(lambda one: one.get("/api/whoami", deadline), deadline) is not None
+        except BrokerUnavailable:
+            return False
+
+    def _at_any(self, do: Callable[[Management], _T], deadline: float) -> _T:
+        """Do something at the node that answered last, else at the others; raise what the first raised."""
+        nodes, first = self._nodes(), self._preferred
+        failed: BrokerUnavailable | None = None
+        for number in range(len(nodes)):
+            index = (first + number) % len(nodes)
+            try:
+                done = do(nodes[index])
+            except BrokerNotEnforcing:
+                raise
+            except BrokerUnavailable as error:
+                failed = failed or error
+            else:
+                self._preferred = index
+                return done
+        raise failed or BrokerUnavailable("PORTAL_RABBITMQ_NODES names no node.")
+
+    def running(self, deadline: float) -> Set[str]:
+        """Return which of the nodes run, as one that answers sees it.
+
+        Raise ``BrokerNotEnforcing`` if the cluster has another node running, has not all of them, or is not one
+        cluster now; ``BrokerUnavailable`` if none answers.
+        """
+        return self._at_any(lambda one: self._running_at(one, deadline), deadline)
+
+    def _running_at(self, node: Management, deadline: float) -> Set[str]:
+        listed = node.get("/api/nodes?columns=name,running,partitions", deadline)
+        try:
+            running = {one["name"] for one in listed if one["running"]}
+            known = {one["name"] for one in listed}
+            parted = any(one.get("partitions") for one in listed)
+        except (TypeError, KeyError) as error:
+            raise BrokerUnavailable(f"{node.node.name} lists its cluster in an unknown way.") from error
+        if others := sorted(running - self._names):
+            raise BrokerNotEnforcing(
+                f"The cluster has the node {others[0]}, which PORTAL_RABBITMQ_NODES does not name: name it there too."
+            )
+        if missing := sorted(self._names - known):
+            raise BrokerNotEnforcing(
+                f"{missing[0]} is not in the cluster of {node.node.name}: correct PORTAL_RABBITMQ_NODES, or join it."
+            )
+        if parted:
+            raise BrokerNotEnforcing(f"{node.node.name} has seen its cluster parted: restart the nodes that it names.")
+        return running
+
+    # --- Sessions
+
+    def end_sessions(self, identities: Sequence[str], deadline: float, *, seen_by: Set[str] = frozenset()) -> None:
+        """Close all connections of clients and delete their queues, and see that none are left.
+
+        Each of the nodes ``seen_by`` must say that, since it knows its own connections even if others do not see it.
+        Raise ``BrokerUnavailable`` if that was not seen by ``deadline``.
+        """
+        nodes = [one for one in self._nodes() if one.node.name in seen_by]
+
+        def end(identity: str) -> None:
+            self._at_any(lambda one: _end(one, identity, self._vhosts, deadline), deadline)
+            for one in nodes:
+                _see_none(one, identity, deadline)
+
+        with ThreadPoolExecutor(max_workers=IN_FLIGHT, thread_name_prefix="rabbitmq") as pool:
+            for _ in pool.map(end, identities):
+                pass
+
+    # --- Who is connected
+
+    def connected(self, deadline: float) -> Mapping[str, datetime]:
+        """Return who is connected by MQTT at all nodes, and since when; raise ``BrokerUnavailable``."""
+        return self._at_any(lambda one: dict(_connected(one, deadline)), deadline)
+
+
+def _end(node: Management, identity: str, vhosts: Iterable[str], deadline: float) -> None:
+    node.delete(path_of("connections", "username", identity), deadline)
+    for vhost, quality in itertools.product(vhosts, (0, 1)):
+        node.delete(path_of("queues", vhost, f"mqtt-subscription-{identity}qos{quality}"), deadline)
+
+
+def _see_none(node: Management, identity: str, deadline: float) -> None:
+    connections = path_of("connections", "username", identity)
+    while node.get(connections, deadline):
+        if time.monotonic() + _PAUSE >= deadline:
+            raise BrokerUnavailable(f"{node.node.name} still has connections of {identity}, which it was told to end.")
+        time.sleep(_PAUSE)
+        node.delete(connections, deadline)
+
+
+def _connected(node: Management, deadline: float) -> Iterator[tuple[str, datetime]]:
+    about = f"columns=user,connected_at,protocol&page_size={PAGE}&sort=connected_at"
+    for page in range(1, MAX_PAGES + 1):
+        said = node.get(f"/api/connections?{about}&page={page}", deadline)
+        try:
+            for one in said["items"]:
+                yield from _client(one)
+            if page >= int(said["page_count"]):
+                return
+        except (TypeError, KeyError, ValueError) as error:
+            raise BrokerUnavailable(f"{node.node.name} lists connections in an unknown way.") from error
+    raise BrokerUnavailable(f"{node.node.name} has more connections than {PAGE * MAX_PAGES}.")
+
+
+def _client(one: Mapping[str, Any]) -> Iterator[tuple[str, datetime]]:
+    """Yield a connection that is known whole: of a new one there may be a part."""
+    user, protocol, at = one.get("user"), one.get("protocol"), one.get("connected_at")
+    is_mqtt = isinstance(protocol, str) and "MQTT" in protocol
+    if isinstance(user, str) and is_mqtt and isinstance(at, int) and 0 <= at <= _LATEST_MS:
+        yield user, datetime.fromtimestamp(at / 1000, UTC)
