@@ -92,7 +92,7 @@ def broker_add(portal: Remote, name: str, address: str, code_out: str | None) ->
 
 @command("update", broker, examples=["portal broker update edge-1 --address edge-1.example.com:8883"])
 @NAME
-@click.option("--address", metavar="HOST:PORT", help="What clients connect to, for people to read; empty for none.")
+@click.option("--address", metavar="HOST:PORT", help="What clients connect to; empty for none.")
 def broker_update(portal: Remote, name: str, address: str | None) -> None:
     """Change what is known of a broker."""
     if address is None:

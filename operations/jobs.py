@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.control import RestartReason
 from broker.folder import SERVER_CERTIFICATE_FILE
+from core.boot import boot_id
 from core.errors import BrokerUnavailable, PortalError, StateConflict
 from onboarding_portal import VERSION
 from operations.authority import (
@@ -51,7 +51,6 @@ LEADER_LOCK, FOLLOWER_LOCK, PROVIDER_LOCK = ".jobs.lock", ".presence.lock", ".pr
 MAIL_LOCK, INSTALLATION_LOCK = ".mail.lock", ".installation.lock"
 LOGINS_KEPT = timedelta(days=30)
 CLOCK_SEEN = ".jobs.clock"
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CLOCK_MOVED_SECONDS = 60.0
 CLOCK_TRUSTED_SECONDS = 3600.0
 
@@ -451,21 +450,13 @@ class _ClockSeen:
         """Return the number written since the machine booted, or ``None``."""
         with contextlib.suppress(OSError, ValueError):
             boot, behind = self._file.read_text(encoding="ascii").split()
-            return float(behind) if boot == _boot_id() else None
+            return float(behind) if boot == boot_id() else None
         return None
 
     def _keep(self, behind: float) -> None:
         with contextlib.suppress(OSError):
             descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.pwrite(descriptor, f"{_boot_id():36} {behind:24.3f}\n".encode(), 0)
+                os.pwrite(descriptor, f"{boot_id():36} {behind:24.3f}\n".encode(), 0)
             finally:
                 os.close(descriptor)
-
-
-def _boot_id() -> str:
-    """Return what distinguishes this boot of the machine from others: the monotonic clock restarts with each."""
-    with contextlib.suppress(OSError):
-        return BOOT_ID.read_text(encoding="ascii").strip()
-    # Hidden from a sandboxed service; systemd gives each run of the service an id, which serves as well.
-    return os.environ.get("INVOCATION_ID", "unknown")[:36]

@@ -340,7 +340,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         tenant_terms=tenant_terms,
         fair_share=FairShare(settings.threads, served),
         tenants=(administration := _tenants(base, answers)),
-        brokers=Brokers(database, reconciler, clock),
+        brokers=Brokers(database, reconciler, clock, first_tenant),
         tenant_removals=TenantRemovals(
             settings, database, administration, reconciler, base.keys, base.audit_logs, base.broker, clock
         ),

@@ -292,7 +292,12 @@ def agent_profile(name: str) -> Profile:
     """
     if not DNS_LABEL.fullmatch(name):
         raise InputInvalid("The name of a broker must be 1 to 63 lower-case letters, digits and inner hyphens.")
-    return Profile(_subject(f"agent+{name}"[:COMMON_NAME_LIMIT]), _DEVICE)
+    return Profile(_subject(agent_name(name)), _DEVICE)
+
+
+def agent_name(broker: str) -> str:
+    """Return the common name in the certificate of a broker's agent."""
+    return _own_name("agent", broker)
 
 
 def questioner_profile(node: str) -> Profile:
@@ -302,8 +307,12 @@ def questioner_profile(node: str) -> Profile:
 
 def questioner_name(node: str) -> str:
     """Return the common name in the certificate of a RabbitMQ node, which no identity in a journal has."""
-    name = f"rabbitmq+{node}"
-    return name if len(name) <= COMMON_NAME_LIMIT else f"rabbitmq+{hashlib.sha256(node.encode()).hexdigest()[:40]}"
+    return _own_name("rabbitmq", node)
+
+
+def _own_name(kind: str, name: str) -> str:
+    whole = f"{kind}+{name}"
+    return whole if len(whole) <= COMMON_NAME_LIMIT else f"{kind}+{hashlib.sha256(name.encode()).hexdigest()[:40]}"
 
 
 def responder_profile(issuer_name: str) -> Profile:

@@ -114,14 +114,16 @@ def find_own_certificate(tx: Connection, fingerprint: str) -> CertificateRecord 
     return None if row is None else CertificateRecord(*row)
 
 
-def own_certificates(tx: Connection, tenant_id: str, *, now: datetime) -> Sequence[CertificateRecord]:
-    """Return those of a tenant that are neither revoked nor expired, by an index of all of its current ones."""
+def own_certificates(
+    tx: Connection, tenant_id: str, *, now: datetime, purpose: str = "server"
+) -> Sequence[CertificateRecord]:
+    """Return those of a purpose and a tenant that are neither revoked nor expired, by an index of current ones."""
     query = sa.select(*CERTIFICATE_COLUMNS).where(
         CURRENT,
         Certificate.tenant_id == tenant_id,
         Certificate.not_after > now,
         Certificate.device_id.is_(None),
-        Certificate.purpose == "server",
+        Certificate.purpose == purpose,
     )
     return [CertificateRecord(*row) for row in tx.execute(query)]
 

@@ -346,7 +346,7 @@ class Certificate(OfTenant, Base):
         sa.ForeignKeyConstraint(["tenant_id", "device_id"], ["devices.tenant_id", "devices.id"]),
         sa.UniqueConstraint("issuer_id", "serial_number"),
         sa.UniqueConstraint("fingerprint"),
-        sa.CheckConstraint(one_of("purpose", "device", "server", "canary", "lost"), name="purpose"),
+        sa.CheckConstraint(one_of("purpose", "device", "server", "agent", "canary", "lost"), name="purpose"),
         sa.CheckConstraint("(purpose = 'device') = (device_id IS NOT NULL)", name="owner"),
         sa.CheckConstraint(one_of("status", *states.CertificateStatus), name="status"),
         sa.CheckConstraint("(status IN ('held', 'revoked')) = (revoked_at IS NOT NULL)", name="revoked_at"),

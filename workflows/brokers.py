@@ -17,6 +17,7 @@ from store.audit import Actor
 from store.brokers import BrokerRecord
 from store.database import Database
 from store.scope import ALL_TENANTS
+from workflows.agents.agents import checked_address, revoke_agent
 from workflows.agents.presence import forget_connections
 from workflows.reconciliation import Reconciler
 
@@ -73,6 +74,7 @@ class Brokers:
     _database: Database
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
+    _first_tenant: str
 
     def list(self) -> Sequence[BrokerState]:
         """Return all brokers in the order in which they were added."""
@@ -85,7 +87,8 @@ class Brokers:
             return _state(tx, name)
 
     def set_address(self, actor: Actor, name: str, address: str | None) -> BrokerState:
-        """Change what people read of where clients connect to; raises ``NotFound``."""
+        """Change where clients connect to, HOST or HOST:PORT; raises ``NotFound``, ``InputInvalid``."""
+        address = None if address is None else checked_address(address)
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             record = brokers.get_broker(tx, name)
             if record.address != address:
@@ -136,8 +139,10 @@ class Brokers:
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             state = _state(tx, name)
             brokers.remove_broker(tx, state.record, at=self._clock())
+            revoke_agent(tx, self._first_tenant, name, now=self._clock())
             self._record(tx, actor, "remove", name)
         self._reconciler.heard_of_another()
+        self._reconciler.wake()  # for the CRL
         forget_connections(self._database, record.id, record.presence_at)
         return state
 

@@ -27,6 +27,7 @@ from broker.guard.journal import decode
 from broker.restarts import BrokerRestarts
 from broker_provisioning import BrokerProvisioning
 from config import Settings
+from core.boot import boot_seconds
 from core.errors import (
     BrokerUnavailable,
     ClientCertificateRefused,
@@ -73,11 +74,6 @@ class _Proof:
     in_doubt: bool = True  # at first: what the broker has obeyed before is not known
 
 
-def boot_seconds() -> float:
-    """Return a time that nobody moves, and that goes on while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
 class Agent:
     """One agent. ``follow`` asks for changes and ``look`` after the broker, each again and again in its own thread."""
 
@@ -106,7 +102,7 @@ class Agent:
         goes_on = self._state.mark != NOTHING and not self._state.denies_all
         self._proof = _Proof(self._state.mark) if goes_on else None
         self._reported = NOTHING
-        self._heard = boot_seconds() - self._state.age(utc_seconds())
+        self._heard = boot_seconds() - self._state.age(utc_seconds())  # by the clock since the boot
         self._problem = ("", 0.0)
         self._next: dict[str, float] = {}
 
@@ -153,7 +149,8 @@ class Agent:
         said, when = self._problem
         if problem != said or time.monotonic() - when >= SAME_PROBLEM_SECONDS:
             self._problem = (problem, time.monotonic())
-            knowledge = {"generation": self._state.mark.generation, "age_seconds": round(boot_seconds() - self._heard)}
+            age = round(min(self._age(), utc_seconds()))
+            knowledge = {"generation": self._state.mark.generation, "age_seconds": age}
             log.error("the broker may not have all changes", extra={"problem": problem, **knowledge})
             with self._lock:
                 self._keep(problem=problem)
@@ -222,10 +219,14 @@ class Agent:
     def _heard_of_portal(self, names: TrustNames) -> None:
         self._seen = names
         self._heard = boot_seconds()
-        now = utc_seconds()
-        if now - self._state.heard_at >= KEPT_SECONDS or self._state.heard_at > now:
+        if not 0 <= self._state.age(utc_seconds()) < KEPT_SECONDS:
             with self._lock:
-                self._keep(heard_at=now)
+                self._state = self._state.heard(utc_seconds())
+                self._folder.keep_state(self._state)
+
+    def _age(self) -> float:
+        """Return how old its knowledge is, in seconds: by the time of day, too, if that says more."""
+        return max(boot_seconds() - self._heard, utc_seconds() - self._state.heard_at - KEPT_SECONDS)
 
     def _take(self, reader: PageReader, lines: Iterator[bytes]) -> tuple[ReadPage, Sessions]:
         """Read a page into the draft of the next journal, or of the lines to append; the caller holds the lock."""
@@ -464,7 +465,7 @@ class Agent:
     def _denies_all_now(self) -> bool:
         """Have the broker deny everybody if the portal was not heard for long; return whether it does."""
         limit, state = self._settings.agent_deny_all_after, self._state
-        if not limit or boot_seconds() - self._heard < limit:
+        if not limit or self._age() < limit:
             return False
         if not state.denies_all:
             self._discard()

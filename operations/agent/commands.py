@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import signal
@@ -108,7 +109,8 @@ def show_status() -> None:
     _, folder = _opened()
     identity, state = folder.identity(), folder.state()
     heard = datetime.fromtimestamp(state.heard_at, UTC) if state.heard_at else None
-    age = f"{state.age(utc_seconds()):.0f} s ago" if heard else ""
+    seconds = state.age(utc_seconds())
+    age = "by a clock that was set back since" if seconds == math.inf else f"{seconds:.0f} s ago"
     rows = {
         "Broker": identity.name,
         "Portal": identity.url,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from broker.folder import SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from broker.guard.feed import NOTHING, Mark, TrustNames
 from broker.probe import ProbeCertificate, ProbeCertificates
 from config import Settings
+from core.boot import boot_id, boot_seconds
 from core.errors import StartupError
 from core.files import private_folder, replace_file
 
@@ -38,18 +40,32 @@ class State:
     """How far an agent has come.
 
     ``mark`` is the newest page of changes that its broker was seen to obey, ``heard_at`` when the portal last said that
-    there is nothing newer or gave something newer, in seconds since 1970; ``denies_all`` whether the broker denies all
-    because that was long ago; ``problem`` what is wrong, or none.
+    there is nothing newer or gave something newer, in seconds since 1970, and ``heard_since_boot`` the same by the
+    clock of the boot ``boot``; ``denies_all`` whether the broker denies all because that was long ago; ``problem`` what
+    is wrong, or none.
     """
 
     mark: Mark = NOTHING
     heard_at: float = 0.0
+    boot: str = ""
+    heard_since_boot: float = 0.0
     denies_all: bool = False
     problem: str = ""
 
+    def heard(self, now: float) -> State:
+        """Return the state in which the portal was heard just now."""
+        return dataclasses.replace(self, heard_at=now, boot=boot_id(), heard_since_boot=boot_seconds())
+
     def age(self, now: float) -> float:
-        """Return how old its knowledge is, in seconds."""
-        return max(0.0, now - self.heard_at)
+        """Return how old its knowledge is, in seconds.
+
+        Within a boot by the clock that nobody moves. After another one only the time of day is left: if that was set
+        back before the portal was heard last, nobody knows how old it is, and it is older than any limit.
+        """
+        passed = now - self.heard_at
+        if self.boot and self.boot == boot_id():
+            return max(passed, boot_seconds() - self.heard_since_boot, 0.0)
+        return passed if passed >= 0 else math.inf
 
 
 class AgentFolder:
@@ -92,7 +108,7 @@ class AgentFolder:
         self.keep_pair(key, chain)
         replace_file(self.portal_ca, portal_ca.encode())
         replace_file(self._trust, json.dumps({"settings": _decided(settings)}).encode())
-        self.keep_state(State(heard_at=utc_seconds()))
+        self.keep_state(State().heard(utc_seconds()))
         replace_file(self._identity, json.dumps(dataclasses.asdict(identity)).encode())
 
     def keep_pair(self, key: bytes, chain: str) -> None:
@@ -104,13 +120,16 @@ class AgentFolder:
         try:
             said = json.loads(self._state.read_bytes())
             mark = Mark(int(said["generation"]), str(said["digest"]))
-            return State(mark, float(said["heard_at"]), bool(said["denies_all"]), str(said["problem"]))
+            heard_at, boot, since_boot = said["heard_at"], said.get("boot", ""), said.get("heard_since_boot", 0.0)
+            heard = float(heard_at), str(boot), float(since_boot)
+            return State(mark, *heard, bool(said["denies_all"]), str(said["problem"]))
         except (OSError, ValueError, KeyError, TypeError):
             return State()
 
     def keep_state(self, state: State) -> None:
         """Keep how far it has come."""
         said = {"generation": state.mark.generation, "digest": state.mark.digest, "heard_at": state.heard_at}
+        said |= {"boot": state.boot, "heard_since_boot": state.heard_since_boot}
         said |= {"denies_all": state.denies_all, "problem": state.problem}
         replace_file(self._state, json.dumps(said).encode())
 

@@ -21,6 +21,7 @@ from broker.control import RestartReason
 from broker.probe import ACCEPTS_REVOKED, Probe, ProbeResult
 from broker_provisioning import BrokerProvisioning
 from config import Settings
+from core import boot
 from core.broker_control import ControlKind
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.files import FileLock
@@ -296,7 +297,7 @@ def test_a_clock_that_was_moved_and_moved_back_while_another_process_ran_the_job
 def test_what_was_seen_of_the_clock_before_the_machine_restarted_does_not_count(
     portal: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(jobs, "BOOT_ID", tmp_path / "hidden from the service")
+    monkeypatch.setattr(boot, "BOOT_ID", tmp_path / "hidden from the service")
     ran: list[str] = []
 
     def run_and_stop(_: Portal) -> None:

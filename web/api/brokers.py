@@ -16,7 +16,7 @@ ROUTES = Routes("Brokers")
 
 
 class BrokerPatch(ChangesRequest):
-    """`address`: what clients connect to, for people to read; null for none."""
+    """`address`: what clients connect to, HOST or HOST:PORT; null for none."""
 
     address: BrokerAddress | None = None
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy.engine import Connection
 
@@ -24,9 +25,10 @@ from config import Settings
 from core.errors import ClientCertificateRefused, InputInvalid, NotFound, SettingInvalid, StateConflict
 from core.setting_values import Address, parse_address
 from core.states import BrokerKind
+from pki.client_certificates import common_name
 from pki.csr import Csr, read_csr
-from pki.issuers import server_profile
-from store import agents, audit, brokers, issuers
+from pki.issuers import Reason, agent_name, server_profile
+from store import agents, audit, brokers, certificates, issuers
 from store.agents import AgentRecord
 from store.audit import Actor
 from store.brokers import BrokerRecord
@@ -51,6 +53,14 @@ class AgentCertificate(StrEnum):
     SERVER = "server"  # the broker's own
     GOOD = "good"  # with these two it tries whether its broker accepts and refuses as it must
     REVOKED = "revoked"
+
+
+_PURPOSES = {
+    AgentCertificate.AGENT: "agent",
+    AgentCertificate.SERVER: "server",
+    AgentCertificate.GOOD: "canary",
+    AgentCertificate.REVOKED: "canary",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +133,7 @@ class BrokerAgents:
         """
         if self._settings.agents_bind is None:
             raise StateConflict("Agents cannot reach this portal: set PORTAL_AGENTS_BIND, then start it again.")
-        address = _checked_address(address)
+        address = checked_address(address)
         now, code = self._clock(), secrets.token_hex(16)
         expires_at = now + CODE_LIFE
         with self._database.transaction(sees=ALL_TENANTS) as tx:
@@ -149,7 +159,7 @@ class BrokerAgents:
             issued = self._sign_agent(signer, request, record.name, now)
             agents.set_certificate(tx, record.broker_id, issued.fingerprint)
             brokers.join(tx, record.broker_id, at=now)
-            record_own(tx, self._first_tenant, signer, issued, purpose="server", now=now)
+            record_own(tx, self._first_tenant, signer, issued, purpose="agent", now=now)
             actor = audit.system_actor(self._first_tenant)
             audit.record(tx, actor, "broker:join", f"broker:{record.name}", at=now)
         self._reconciler.heard_of_another()
@@ -223,8 +233,7 @@ class BrokerAgents:
             issued = self._sign_probe(signer, request, now)
         if is_revoked:
             issuers.touch_issuer(tx, signer.id, generation=generation)
-        is_probe = kind in (AgentCertificate.GOOD, AgentCertificate.REVOKED)
-        purpose, revoked_at = "canary" if is_probe else "server", generation if is_revoked else 0
+        purpose, revoked_at = _PURPOSES[kind], generation if is_revoked else 0
         record_own(tx, self._first_tenant, signer, issued, purpose=purpose, now=now, generation=revoked_at)
         return signer.chain_pem(issued.pem)
 
@@ -287,6 +296,17 @@ def _note_presence(tx: Connection, record: AgentRecord, report: Report, now: dat
     return is_known
 
 
+def revoke_agent(tx: Connection, tenant_id: str, name: str, *, now: datetime) -> None:
+    """Revoke the certificates of the agent of a broker; ``tenant_id`` is the first tenant, whose CA has issued them."""
+    own = certificates.own_certificates(tx, tenant_id, now=now, purpose="agent")
+    revoked = [record for record in own if common_name(x509.load_der_x509_certificate(record.der)) == agent_name(name)]
+    generation = db.next_generation(tx, at=now) if revoked else 0
+    for record in revoked:
+        reason = Reason.CESSATION_OF_OPERATION
+        certificates.revoke_own_certificate(tx, record, at=now, reason=reason, generation=generation)
+        issuers.touch_issuer(tx, record.issuer_id, generation=generation)
+
+
 def told_settings(settings: Settings, address: str) -> dict[str, str]:
     """Return what this portal decides of the settings of an agent whose broker has this address, if it has one."""
     told = {"topic_prefix": settings.topic_prefix, "topic_prefixes": ",".join(settings.topic_prefixes)}
@@ -298,7 +318,8 @@ def _unknown_code() -> NotFound:
     return NotFound("The code is unknown, was used or has expired; remove the broker, and add it again.")
 
 
-def _checked_address(address: str) -> str:
+def checked_address(address: str) -> str:
+    """Return the address of a broker as HOST:PORT; raise ``InputInvalid`` if it is none."""
     parsed = _parsed(address)
     if parsed is None:
         raise InputInvalid("The address must be HOST or HOST:PORT, such as mqtt.example.org:8883.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from broker.guard.feed import Mark, Page
 from broker.guard.journal import read_access, read_position
 from broker.restarts import BrokerRestarts
 from broker_provisioning import BrokerProvisioning
+from core.boot import boot_id, boot_seconds
 from core.errors import BrokerUnavailable, ClientCertificateRefused, ProjectionInvalid, StartupError, Unavailable
 from operations.agent import agent as agents
+from operations.agent import folder
 from operations.agent.agent import Agent
 from operations.agent.folder import AgentFolder, State, settings_of, utc_seconds
 from operations.wiring import Portal
@@ -192,8 +195,8 @@ def test_without_the_portal_for_long_everybody_is_denied_until_it_is_heard_again
     agent.follow(0)
     agent.look()
     assert read_access(place.journal)
-    now = agents.boot_seconds()
-    monkeypatch.setattr(agents, "boot_seconds", lambda: now + 61)
+    now = boot_seconds()
+    monkeypatch.setattr("operations.agent.agent.boot_seconds", lambda: now + 61)
     agent.look()
     assert read_access(place.journal) == {}
     assert any(line.startswith("issuer ") for line in journal_lines(place.journal))  # else the guard decides nothing
@@ -203,6 +206,36 @@ def test_without_the_portal_for_long_everybody_is_denied_until_it_is_heard_again
     assert read_access(place.journal)[device] == f"allow {device}"
     agent.look()
     assert read_access(place.journal)[device] == f"allow {device}"
+
+
+def test_a_clock_that_was_set_back_before_a_restart_makes_old_knowledge_no_newer(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, limit = register(portal), {"PORTAL_AGENT_DENY_ALL_AFTER": "3600"}
+    agent = place.agent(**limit)
+    agent.follow(0)
+    now = utc_seconds()
+
+    def starts(*, boot: str, seconds: float) -> Agent:
+        """The agent after a restart, in a boot, with a clock that is some seconds off."""
+        monkeypatch.setattr(folder, "boot_id", lambda: boot)
+        for module in (agents, folder, "operations.agent.certificates"):
+            path = module if isinstance(module, str) else module.__name__
+            monkeypatch.setattr(f"{path}.utc_seconds", lambda: now + seconds)
+        return Agent(*settings_of({**place.environment, **limit}))
+
+    this = boot_id()
+    for again in (starts(boot=this, seconds=-86400), starts(boot="another", seconds=60)):
+        again.look()  # within the boot the time of day says nothing
+        assert read_access(place.journal)[device] == f"allow {device}"
+    again = starts(boot="another", seconds=-60)
+    assert again.state.age(now - 60) == math.inf
+    again.look()
+    assert read_access(place.journal) == {}
+    assert again.follow(0)
+    assert read_access(place.journal)[device] == f"allow {device}"
+    again.look()
+    assert not again.state.denies_all
 
 
 def test_a_broker_that_shows_an_older_certificate_is_restarted(
@@ -258,7 +291,7 @@ def test_who_has_not_joined_is_told_so(tmp_path: Path) -> None:
 def test_what_an_agent_keeps_is_read_as_it_was_written(tmp_path: Path) -> None:
     folder = AgentFolder(tmp_path)
     assert folder.state() == State()
-    state = State(Mark(7, "a" * 64), 1700000000.5, denies_all=True, problem="gone")
+    state = State(Mark(7, "a" * 64), 1700000000.5, "boot", 7.5, denies_all=True, problem="gone")
     folder.keep_state(state)
     assert folder.state() == state
     (tmp_path / "state.json").write_text("{")

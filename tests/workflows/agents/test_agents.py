@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from flask import Flask
 
 from app import portal_of
@@ -105,6 +106,46 @@ def test_an_agent_learns_whom_to_trust_and_where(portal: Portal) -> None:
     assert root.subject == root.issuer
     certificate = x509.load_der_x509_certificate(der(answer.chain))
     assert certificate.subject.rfc4514_string() == "CN=agent\\+edge"
+
+
+def test_its_certificate_is_that_of_an_agent_and_on_the_crl_once_it_is_removed(portal: Portal) -> None:
+    certificate, other = joined(portal), joined(portal, "another")
+    record = portal.agents.shown(certificate)
+    renewed = portal.agents.certify(record, {AgentCertificate.AGENT: csr(), AgentCertificate.SERVER: csr()})
+    next_one = der(renewed.chains[AgentCertificate.AGENT])
+    parsed = x509.load_der_x509_certificate(certificate)
+    usages = parsed.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert [*usages] == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    portal.brokers.remove(OPERATOR, "edge", "edge")
+    _, _ = portal.reconciler.crls.sign_due()
+    crl = x509.load_der_x509_crl(newest_crl(portal))
+    revoked = [crl.get_revoked_certificate_by_serial_number(serial_of(one)) for one in (certificate, next_one, other)]
+    assert [one is not None for one in revoked] == [True, True, False]
+
+
+def newest_crl(portal: Portal) -> bytes:
+    crl = portal.inventory.crl(portal.authority.first.issuing.id)
+    assert crl is not None
+    return crl.der
+
+
+def serial_of(certificate: bytes) -> int:
+    return x509.load_der_x509_certificate(certificate).serial_number
+
+
+def test_agents_with_long_names_have_names_of_their_own_in_their_certificates(portal: Portal) -> None:
+    names = ["a" * 62 + last for last in "xy"]
+    subjects = {x509.load_der_x509_certificate(joined(portal, name)).subject for name in names}
+    assert len(subjects) == 2
+
+
+@pytest.mark.parametrize("address", ["an edge", "edge.example.org:0", "edge.example.org:x", "a" * 254, "edge\n", "*"])
+def test_an_address_that_is_none_is_refused_when_it_is_changed(portal: Portal, address: str) -> None:
+    add(portal)
+    with pytest.raises(InputInvalid, match="HOST or HOST:PORT"):
+        portal.brokers.set_address(OPERATOR, "edge", address)
+    assert portal.brokers.set_address(OPERATOR, "edge", "other.example.org").record.address == "other.example.org:8883"
+    assert portal.brokers.set_address(OPERATOR, "edge", None).record.address is None
 
 
 def test_a_code_is_used_once(portal: Portal) -> None:
