@@ -51,6 +51,9 @@ class Actor:
     token_id: str | None = None
 
 
+Act = tuple[Actor, str, str, Mapping[str, Any]]  # with action, object and detail
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """Number and hash of the last entry, and the edge of the Merkle tree over all entries."""
@@ -84,29 +87,32 @@ def record(
     ``detail`` never holds a secret: no key, password, token or link. Call it last in a transaction: from here to its
     end, other transactions that append wait for this one.
     """
-    record_all(tx, actor, [(action, object, detail)], at=at, outcome=outcome)
+    record_all(tx, [(actor, action, object, detail)], at=at, outcome=outcome)
 
 
 def record_all(
     tx: Connection,
-    actor: Actor,
-    acts: Iterable[tuple[str, str, Mapping[str, Any]]],
+    acts: Sequence[Act],
     *,
     at: datetime,
     outcome: str = "done",
     head: Head | None = None,
 ) -> None:
-    """Append an entry for each of ``acts`` (action, object, detail), as ``record`` does for one.
+    """Append an entry for each of ``acts`` (actor, action, object, detail), as ``record`` does for one.
 
-    ``head`` is that of the record, if the transaction has locked it and appended nothing since.
+    The actors are of one tenant. ``head`` is that of its record, if the transaction has locked it and appended nothing
+    since.
     """
-    head = head or lock_audit_head(tx, actor.tenant_id)
+    if not acts:
+        return
+    tenant_id = acts[0][0].tenant_id
+    head = head or lock_audit_head(tx, tenant_id)
     number, previous_hash, tree = head.number, head.hash, Edge(head.number, head.edge)
     entries: list[dict[str, Any]] = []
-    for action, object_, detail in acts:
+    for actor, action, object_, detail in acts:
         number += 1
         entry: dict[str, Any] = {
-            "tenant_id": actor.tenant_id,
+            "tenant_id": tenant_id,
             "number": number,
             "previous_hash": previous_hash,
             "at": at,
@@ -122,10 +128,9 @@ def record_all(
         entry["hash"] = previous_hash = hashlib.sha256(text).hexdigest()
         tree.append(text)
         entries.append(entry)
-    if entries:
-        tx.execute(_INSERT_AUDIT_ENTRIES, entries)
-        moved = {"new_number": number, "new_hash": previous_hash, "new_edge": tree.packed()}
-        tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": actor.tenant_id, **moved})
+    tx.execute(_INSERT_AUDIT_ENTRIES, entries)
+    moved = {"new_number": number, "new_hash": previous_hash, "new_edge": tree.packed()}
+    tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": tenant_id, **moved})
 
 
 def audit_head(tx: Connection, tenant_id: str) -> Head:

@@ -12,12 +12,11 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from threading import Lock
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -28,8 +27,8 @@ from core.fair_share import give_way
 from core.files import FileLock, folder_number
 from store import schema, scope
 from store.locks import Locks
+from store.shared_transactions import Item, Result, SharedTransactions
 
-Result = TypeVar("Result")
 # The server does not answer, is locked or full, or can only be read (InternalError).
 _UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
 WRITE_LOCK = ".write.lock"  # in the data folder
@@ -192,11 +191,20 @@ class Database:
 
         If ``work`` raises, its own changes are undone and no others.
         """
+        return self.write_together(lambda tx, _: [work(tx)], None, sees=sees)
+
+    def write_together(
+        self, work: Callable[[Connection, Sequence[Item]], Sequence[Result]], item: Item, *, sees: str | None = None
+    ) -> Result:
+        """Run ``work`` as ``write`` does, for the items of all callers that wait with an equal one.
+
+        It returns a result for each. If it raises, it is run for each item by itself.
+        """
         give_way()  # before it has the lock that a tenant with a single request would wait for
         if self.is_sqlite:
-            return self._shared.run(work)
+            return self._shared.run(work, item)
         with self.transaction(sees=sees) as tx:
-            return work(tx)
+            return work(tx, [item])[0]
 
     @contextmanager
     def snapshot(self, *, sees: str | None = None) -> Iterator[Connection]:
@@ -322,112 +330,6 @@ def _translated() -> Iterator[None]:
         if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise
         raise DatabaseUnavailable("The database file is damaged; restore a backup, with --replace.") from error
-
-
-# --- Shared commits --------------------------------------------------------------------------------------------------
-
-
-class _Request(Generic[Result]):
-    """The work of one caller, and what became of it."""
-
-    def __init__(self, work: Callable[[Connection], Result]) -> None:
-        self._work = work
-        self._results: list[Result] = []
-        self.error: BaseException | None = None
-        self.done = False
-
-    def run(self, tx: Connection) -> None:
-        """Do the work, also for a second time."""
-        self._results = [self._work(tx)]
-
-    def run_in_savepoint(self, tx: Connection) -> None:
-        """Do the work; if it fails, undo only its own changes and keep the error for its caller."""
-        savepoint = tx.begin_nested()
-        try:
-            self.run(tx)
-        except BaseException as error:
-            savepoint.rollback()
-            if not isinstance(error, Exception):
-                raise
-            self.error = error
-        else:
-            savepoint.commit()
-
-    def outcome(self) -> Result:
-        """Return the result of the work, or raise its error."""
-        if self.error is not None:
-            raise self.error
-        return self._results[0]
-
-
-class SharedTransactions:
-    """Runs the work of all callers that wait for the write lock in one transaction, so that one disk sync serves all.
-
-    ``transaction`` opens a transaction that writes. A caller returns only after the commit that contains its work is
-    durable, as with a transaction of its own.
-    """
-
-    def __init__(self, transaction: Callable[[], AbstractContextManager[Connection]]) -> None:
-        self._transaction = transaction
-        self._lock = Lock()
-        self._waiting: list[_Request[Any]] = []
-        self._leader = Lock()
-
-    def run(self, work: Callable[[Connection], Result]) -> Result:
-        """Run ``work`` in a transaction that others may share; return its result, or raise its error.
-
-        ``work`` runs a second time if the work of another caller in the same transaction failed. It must therefore do
-        nothing but write to the database.
-        """
-        request = _Request(work)
-        with self._lock:
-            self._waiting.append(request)
-        with self._leader:
-            if not request.done:
-                self._lead()
-        return request.outcome()
-
-    def _lead(self) -> None:
-        """Commit the work of all callers that wait."""
-        requests: list[_Request[Any]] = []
-        try:
-            with self._transaction() as tx:
-                requests = self._take_waiting()  # only now, because others came while this one waited for the lock
-                if len(requests) == 1:
-                    requests[0].run(tx)
-                else:
-                    _run_together(requests, tx)
-        except BaseException as error:
-            if not requests:  # the transaction did not begin, so it fails for everyone who waits
-                requests = self._take_waiting()
-            for request in requests:
-                request.error = request.error or error
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            for request in requests:
-                request.done = True
-
-    def _take_waiting(self) -> list[_Request[Any]]:
-        with self._lock:
-            requests, self._waiting = self._waiting, []
-        return requests
-
-
-def _run_together(requests: Sequence[_Request[Any]], tx: Connection) -> None:
-    """Do the work of all in one savepoint; if any fails, which is rare, undo it and use a savepoint for each."""
-    savepoint = tx.begin_nested()
-    try:
-        for request in requests:
-            request.run(tx)
-    except BaseException as error:
-        savepoint.rollback()
-        if not isinstance(error, Exception):
-            raise
-        for request in requests:
-            request.run_in_savepoint(tx)
-    else:
-        savepoint.commit()
 
 
 # --- Engines ---------------------------------------------------------------------------------------------------------

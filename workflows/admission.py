@@ -38,11 +38,12 @@ from workflows.tenants import TenantTerms
 class Issuance:
     """Credentials that a device is given, with what event and audit entry say of them.
 
-    ``name`` is the device's; ``action`` is that of the audit entry, and ``detail`` is in it beside the serial number.
-    The credentials can be those of an application, by its ``kind``. ``attestation`` is what came of the evidence for
-    their key.
+    ``actor`` is the client that has asked for them. ``name`` is the device's; ``action`` is that of the audit entry,
+    and ``detail`` is in it beside the serial number. The credentials can be those of an application, by its ``kind``.
+    ``attestation`` is what came of the evidence for their key.
     """
 
+    actor: Actor
     credentials: IssuedCredentials
     name: str
     event: EventType
@@ -77,7 +78,6 @@ class Admitted:
 
 def admit(
     tx: Connection,
-    actor: Actor,
     admissions: Sequence[Admission],
     *,
     style: AclStyle,
@@ -87,39 +87,42 @@ def admit(
 ) -> Admitted:
     """Write device, topics, certificate, bundle, event, audit entry and the broker's next generation.
 
-    It is all in the caller's transaction: release no credentials before that is durable. Under the pattern style of
-    the ACL the broker need not learn of a new device with the default topics. ``most`` is how many clients the tenant
-    may have; raises ``QuotaReached``, and ``StateConflict`` if a group has been changed since it was read. A
-    transaction that has advanced the generation already says by ``advanced_to`` to which.
+    The devices are those of one tenant. It is all in the caller's transaction: release no credentials before that is
+    durable. Under the pattern style of the ACL the broker need not learn of a new device with the default topics.
+    ``most`` is how many clients the tenant may have; raises ``QuotaReached``, and ``StateConflict`` if a group has been
+    changed since it was read. A transaction that has advanced the generation already says by ``advanced_to`` to which.
     """
+    tenant_id = admissions[0].actor.tenant_id
     members = {admission.credentials.device_id: admission.groups for admission in admissions if admission.groups}
-    for error in memberships.refusals(tx, actor.tenant_id, members).values():
+    for error in memberships.refusals(tx, tenant_id, members).values():
         raise error
     must_learn = [admission.request is None or broker_must_learn(admission.topics, style) for admission in admissions]
     generation = (advanced_to or db.next_generation(tx, at=now)) if any(must_learn) else 0
     # Before the audit head, as whoever removes a profile does: else the two could wait for each other.
-    profile_ids = _held_profiles(tx, actor.tenant_id, [admission.request for admission in admissions])
+    profile_ids = _held_profiles(tx, tenant_id, [admission.request for admission in admissions])
     requests = [admission.request for admission in admissions if admission.request is not None]
     head: Head | None = None
     if any(one.external_id for one in requests) or any(one.credentials.is_for_csr for one in admissions):
         # Else two transactions with the same external ids or keys could wait for each other: for a row, and for the
         # audit head.
-        head = count_clients(tx, actor.tenant_id, len(requests), most=most)
+        head = count_clients(tx, tenant_id, len(requests), most=most)
     new: list[db.NewDevice] = []
     for admission, is_new_there in zip(admissions, must_learn, strict=True):
         device_id, since = admission.credentials.device_id, generation if is_new_there else 0
         if admission.request is None:
             values = {"status": DeviceStatus.ACTIVE, "generation": since, "updated_at": now}
-            update_device(tx, actor.tenant_id, device_id, values)
+            update_device(tx, tenant_id, device_id, values)
         else:
             profile_id = profile_ids.get(admission.request.profile)
-            row = _new_device(actor.tenant_id, device_id, admission.request, admission.topics, profile_id, now)
+            row = _new_device(tenant_id, device_id, admission.request, admission.topics, profile_id, now)
             of_group = admission.topics_group_id
             new.append({**row, "status": DeviceStatus.ACTIVE, "generation": since, "topics_group_id": of_group})
     db.add_devices(tx, new)
-    memberships.put_into_groups(tx, actor.tenant_id, members, now=now)
-    ids = record_issuances(tx, actor, admissions, new_clients=len(new), most=most, now=now, head=head)
-    memberships.record_put(tx, actor, members, now=now)
+    memberships.put_into_groups(tx, tenant_id, members, now=now)
+    ids = record_issuances(tx, admissions, new_clients=len(new), most=most, now=now, head=head)
+    for actor in dict.fromkeys(admission.actor for admission in admissions if admission.groups):
+        own = {one.credentials.device_id: one.groups for one in admissions if one.groups and one.actor == actor}
+        memberships.record_put(tx, actor, own, now=now)
     return Admitted(generation, ids)
 
 
@@ -168,7 +171,6 @@ def check_external_id(tx: Connection, tenant_id: str, external_id: str | None) -
 
 def record_issuances(
     tx: Connection,
-    actor: Actor,
     issuances: Sequence[Issuance],
     *,
     now: datetime,
@@ -178,44 +180,45 @@ def record_issuances(
 ) -> Sequence[int]:
     """Write certificate, bundle, event and audit entry of each; returns the row ids of the certificates.
 
-    Call it late in a transaction: from here on others wait for the audit record. ``head`` is that of the record, if
-    the transaction has counted the new clients, which locks it. Raises ``KeyCompromised``, ``KeyInUse``, ``NameInUse``,
-    ``QuotaReached``.
+    They are of devices of one tenant. Call it late in a transaction: from here on others wait for the audit record.
+    ``head`` is that of the record, if the transaction has counted the new clients, which locks it. Raises
+    ``KeyCompromised``, ``KeyInUse``, ``NameInUse``, ``QuotaReached``.
     """
+    tenant_id = issuances[0].actor.tenant_id
     of_devices = [issuance.credentials for issuance in issuances]
-    keys.claim_keys(tx, actor.tenant_id, [key_claim(one) for one in of_devices], locked=head is not None)
-    certificates = [_new_certificate(actor.tenant_id, credentials) for credentials in of_devices]
+    keys.claim_keys(tx, tenant_id, [key_claim(one) for one in of_devices], locked=head is not None)
+    certificates = [_new_certificate(tenant_id, credentials) for credentials in of_devices]
     ids = db.add_certificates(tx, certificates)
     claims = [(name_claim(one), row_id) for one, row_id in zip(of_devices, ids, strict=True) if one.names]
     if claims:
-        names.claim_names(tx, actor.tenant_id, claims, now=now)
+        names.claim_names(tx, tenant_id, claims, now=now)
     deliveries.add_deliveries(
         tx,
         [
             delivery
             for issuance, certificate_id in zip(issuances, ids, strict=True)
-            for delivery in _new_deliveries(actor.tenant_id, issuance.credentials, certificate_id, now)
+            for delivery in _new_deliveries(tenant_id, issuance.credentials, certificate_id, now)
         ],
     )
-    _record_events(tx, actor.tenant_id, issuances, now)
+    _record_events(tx, tenant_id, issuances, now)
     for issuance in issuances:
-        record_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.name, issuance.attestation, now=now)
+        record_result(tx, tenant_id, issuance.credentials.device_id, issuance.name, issuance.attestation, now=now)
         if not isinstance(issuance, Admission):
-            outdate_result(tx, actor.tenant_id, issuance.credentials.device_id, issuance.credentials.key_fingerprint)
-    head = head or count_clients(tx, actor.tenant_id, new_clients, most=most)
-    audit.record_all(tx, actor, [_act(issuance) for issuance in issuances], at=now, head=head)
+            outdate_result(tx, tenant_id, issuance.credentials.device_id, issuance.credentials.key_fingerprint)
+    head = head or count_clients(tx, tenant_id, new_clients, most=most)
+    audit.record_all(tx, [_act(issuance) for issuance in issuances], at=now, head=head)
     return ids
 
 
-def _act(issuance: Issuance) -> tuple[str, str, dict[str, Any]]:
-    """Return action, object and detail for the audit record."""
+def _act(issuance: Issuance) -> audit.Act:
+    """Return the entry for the audit record."""
     detail = {
         "serial_number": issuance.credentials.serial_number,
         **issuance.detail,
         **_of_profile(issuance),
         **issuance.attestation.audit_detail(),
     }
-    return issuance.action, f"{issuance.kind}:{issuance.credentials.device_id}", detail
+    return issuance.actor, issuance.action, f"{issuance.kind}:{issuance.credentials.device_id}", detail
 
 
 def key_claim(credentials: IssuedCredentials) -> KeyClaim:

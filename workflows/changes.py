@@ -34,7 +34,7 @@ class Changes:
     def __init__(self, tx: Connection, actor: Actor, now: datetime) -> None:
         self.tx, self.actor, self.now = tx, actor, now
         self._generation: int | None = None
-        self._acts: list[tuple[str, str, dict[str, Any]]] = []
+        self._acts: list[audit.Act] = []
 
     @property
     def tenant_id(self) -> str:
@@ -49,12 +49,12 @@ class Changes:
 
     def record(self, action: str, of: str, **detail: Any) -> None:
         """Add an entry for the audit record."""
-        self._acts.append((action, of, detail))
+        self._acts.append((self.actor, action, of, detail))
 
     def end(self) -> None:
         """Write the audit entries: from here to the end of the transaction, others that write some wait."""
         if self._acts:
-            audit.record_all(self.tx, self.actor, self._acts, at=self.now)
+            audit.record_all(self.tx, self._acts, at=self.now)
 
 
 def write_in_batches(

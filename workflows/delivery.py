@@ -158,8 +158,8 @@ class Deliveries:
                 until=now + timedelta(seconds=self._settings.link_grace),
             )
         events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, kind=kind, at=now)
-        acts = [(action, device, {"delivery": record.id}) for action in ("bundle:fetch", "bundle:deliver")]
-        audit.record_all(tx, actor, acts, at=now)
+        acts = [(actor, action, device, {"delivery": record.id}) for action in ("bundle:fetch", "bundle:deliver")]
+        audit.record_all(tx, acts, at=now)
         failpoint("deliver.before_commit")
         return dataclasses.replace(spent, content=content)
 

@@ -28,7 +28,7 @@ from store.database import Database
 from store.devices import device_topics, update_device
 from store.groups import GroupRecord
 from store.profiles import hold_profile
-from workflows.admission import Admission, admit, check_external_id, checked_topics
+from workflows.admission import Admission, admit, broker_must_learn, check_external_id, checked_topics
 from workflows.attestation.appraisal import NOT_APPRAISED, Appraised, DeviceAttestations
 from workflows.attestation.nonces import NonceHolder
 from workflows.changes import ActionRefused, Changes, write_in_batches
@@ -60,6 +60,18 @@ class Updated:
     device_id: str
     enforced: bool | None = None
     problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """What is to be admitted: a device or an application with the answer to the client that registers it."""
+
+    tenant: TenantTerms
+    admission: Admission
+    external_id: str | None
+    at: datetime
+    answer: Registered
+    sealed: Sealed | None
 
 
 @dataclass(eq=False, repr=False)
@@ -118,6 +130,7 @@ class Registrations:
         with_csr = issued.bundle is None
         answer = Registered.of(issued, issued_at=now, name=request.name, status=DeviceStatus.ACTIVE)
         admission = Admission(
+            actor=actor,
             credentials=issued,
             name=request.name,
             event=EventType.REGISTERED,
@@ -130,20 +143,36 @@ class Registrations:
             topics_group_id=topics_group_id,
             attestation=appraised,
         )
-
-        def record(tx: Connection) -> int:
-            check_external_id(tx, actor.tenant_id, request.external_id)
-            style, most = self._settings.granting_style, tenant.quotas.devices
-            admitted = admit(tx, actor, [admission], style=style, most=most, now=now)
-            if sealed is not None:
-                self._answers.keep(tx, sealed, answer.to_json(), device_id=device_id, generation=admitted.generation)
-            failpoint("register.before_commit")
-            return admitted.generation
-
-        generation = self._database.write(record)
+        new = _New(tenant, admission, request.external_id, now, answer, sealed)
+        generation = self._database.write_together(self._admit, new)
         metrics.counts.registrations.labels("device" if with_csr else "portal").inc()
         failpoint("register.after_commit")
         return answer, generation
+
+    def _admit(self, tx: Connection, new: Sequence[_New]) -> Sequence[int]:
+        """Write what several clients have asked for, all of a tenant at once.
+
+        Return the generation that the broker must reach for each, 0 if it need not learn of it.
+        """
+        generations: dict[str, int] = {}
+        for tenant_id in dict.fromkeys(one.tenant.id for one in new):
+            generations |= self._admit_of_tenant(tx, [one for one in new if one.tenant.id == tenant_id])
+        failpoint("register.before_commit")
+        return [generations[one.answer.device_id] for one in new]
+
+    def _admit_of_tenant(self, tx: Connection, new: Sequence[_New]) -> Mapping[str, int]:
+        for one in new:
+            check_external_id(tx, one.tenant.id, one.external_id)
+        style, now = self._settings.granting_style, max(one.at for one in new)
+        most = new[-1].tenant.quotas.devices
+        admitted = admit(tx, [one.admission for one in new], style=style, most=most, now=now)
+        generations: dict[str, int] = {}
+        for one in new:
+            device_id, must_learn = one.answer.device_id, broker_must_learn(one.admission.topics, style)
+            generation = generations[device_id] = admitted.generation if must_learn else 0
+            if one.sealed is not None:
+                self._answers.keep(tx, one.sealed, one.answer.to_json(), device_id=device_id, generation=generation)
+        return generations
 
     def _appraised(self, actor: Actor, request: DeviceRequest) -> Appraised:
         """Appraise the evidence that an operator passes on; raises a kind of ``AttestationRefused``."""

@@ -281,6 +281,7 @@ class Renewals:
         goes_on_until = store_renewal.works_until(tx, tenant_id, device_id, now=now)
         with_csr = issued.bundle is None and issued.key is None
         issuance = Issuance(
+            actor=actor,
             credentials=issued,
             name=device.name,
             event=EventType.RENEWED,
@@ -289,7 +290,7 @@ class Renewals:
             kind=device.kind,
             attestation=appraised,
         )
-        record_issuances(tx, actor, [issuance], now=now)
+        record_issuances(tx, [issuance], now=now)
         answer = Renewed.of(
             issued, issued_at=now, previous_valid_until=goes_on_until, ended=ended > 0, name=device.name
         )

@@ -123,7 +123,8 @@ class TenantRemovals:
                 tx, record.id, reason=REASON, at=now, generation=generation, limit=AT_ONCE
             )
             detail = {"reason": REASON}
-            audit.record_all(tx, actor, [(f"{kind}:revoke", f"{kind}:{one}", detail) for one, kind in revoked], at=now)
+            acts = [(actor, f"{kind}:revoke", f"{kind}:{one}", detail) for one, kind in revoked]
+            audit.record_all(tx, acts, at=now)
         failpoint("tenant_remove.some_revoked")
         self._reconciler.wake()
         return bool(revoked)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,33 +13,15 @@ from sqlalchemy.engine import Connection
 
 from store import database as database_module
 from store.database import Database
+from tests.support import waiting
 
-SECONDS = 10
 NORMAL, FULL = 1, 2  # as SQLite has them
 Work = Callable[[Connection], int]
 
 
-class AnnouncedLock:
-    """A lock that announces each thread that is about to wait for it."""
-
-    waiting = threading.Semaphore(0)
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            self.waiting.release()
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
-    monkeypatch.setattr(AnnouncedLock, "waiting", threading.Semaphore(0))
-    monkeypatch.setattr(database_module, "Lock", AnnouncedLock)
+    waiting.announce(monkeypatch)
     made = Database(f"sqlite:///{tmp_path / 'portal.db'}", folder=tmp_path, threads=8)
     with made.transaction() as tx:
         tx.exec_driver_sql("CREATE TABLE seen (number INTEGER PRIMARY KEY)")
@@ -61,34 +42,19 @@ def insert(number: int) -> Work:
     return work
 
 
-@contextmanager
-def while_writing(database: Database) -> Iterator[None]:
-    """Keep the write lock in another thread, with ``insert(-1)``, until the block ends."""
-    begun, end = threading.Event(), threading.Event()
-
-    def work(tx: Connection) -> int:
-        begun.set()
-        assert end.wait(SECONDS)
-        return insert(-1)(tx)
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(database.write, work)
-        try:
-            assert begun.wait(SECONDS)
-            yield
-        finally:
-            end.set()
-        future.result(SECONDS)
-
-
 def together(database: Database, works: list[Work]) -> list[Future[int]]:
     """Let all of them wait, in this order, until the writer before them has committed; return what became of each."""
-    with ThreadPoolExecutor(len(works)) as pool:
-        with while_writing(database):
+    return calls_together(database, [partial(database.write, work) for work in works])
+
+
+def calls_together(database: Database, calls: Sequence[Callable[[], int]]) -> list[Future[int]]:
+    """As ``together``, of calls that write."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        with waiting.while_writing(database, insert(-1)):
             futures = []
-            for work in works:
-                futures.append(pool.submit(database.write, work))
-                assert AnnouncedLock.waiting.acquire(timeout=SECONDS), "nobody waits to share a commit"
+            for call in calls:
+                futures.append(pool.submit(call))
+                assert waiting.one_more(), "nobody waits to share a commit"
         return futures
 
 
@@ -124,12 +90,12 @@ def test_nobody_is_answered_before_the_shared_commit(database: Database) -> None
     at_commit: list[list[int]] = []
     sa.event.listen(database.engine, "commit", lambda _connection: at_commit.append(list(answered)))
 
-    with ThreadPoolExecutor(3) as pool, while_writing(database):
+    with ThreadPoolExecutor(3) as pool, waiting.while_writing(database, insert(-1)):
         for number in range(3):
             pool.submit(database.write, insert(number)).add_done_callback(
                 lambda future: answered.append(future.result())
             )
-            assert AnnouncedLock.waiting.acquire(timeout=SECONDS)
+            assert waiting.one_more()
     assert at_commit == [[], []]
     assert sorted(answered) == [0, 1, 2]
 
@@ -193,3 +159,39 @@ def test_what_need_not_survive_a_power_cut_is_not_synced_and_the_next_commit_is(
             assert tx.exec_driver_sql("PRAGMA synchronous").scalar_one() == synchronous
     database.write(lambda tx: insert(tx.exec_driver_sql("PRAGMA synchronous").scalar_one())(tx))
     assert seen(database) == {FULL}
+
+
+def test_equal_work_of_all_who_wait_is_done_by_one_call_with_an_answer_for_each(
+    database: Database, commits: list[None]
+) -> None:
+    calls: list[list[int]] = []
+
+    def insert_all(tx: Connection, numbers: Sequence[int]) -> list[int]:
+        calls.append(list(numbers))
+        tx.exec_driver_sql("INSERT INTO seen VALUES (?)", [(number,) for number in numbers])
+        return [10 * number for number in numbers]
+
+    write: list[Callable[[], int]] = [partial(database.write_together, insert_all, number) for number in range(3)]
+    futures = calls_together(database, [write[0], partial(database.write, insert(7)), *write[1:]])
+    assert [future.result() for future in futures] == [0, 7, 10, 20]
+    assert calls == [[0, 1, 2]]
+    assert len(commits) == 2
+    assert seen(database) == {-1, 0, 1, 2, 7}
+
+
+def test_of_equal_work_that_fails_each_is_done_alone_and_hurts_no_other(database: Database) -> None:
+    calls: list[list[int]] = []
+
+    def insert_all(tx: Connection, numbers: Sequence[int]) -> Sequence[int]:
+        calls.append(list(numbers))
+        tx.exec_driver_sql("INSERT INTO seen VALUES (?)", [(number,) for number in numbers])
+        return numbers
+
+    futures = calls_together(
+        database, [partial(database.write_together, insert_all, number) for number in (1, 2, 1, 3)]
+    )
+    with pytest.raises(sa.exc.IntegrityError):
+        futures[2].result()
+    assert [futures[place].result() for place in (0, 1, 3)] == [1, 2, 3]
+    assert calls == [[1, 2, 1, 3], [1], [2], [1], [3]]
+    assert seen(database) == {-1, 1, 2, 3}

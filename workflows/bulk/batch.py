@@ -396,9 +396,9 @@ class Batches:
                 refused.append((task.candidate, refusals[task.job.device_id]))
                 continue
             if task.known is None and task.candidate.external_id not in taken:
-                admissions.append(_admission(task, credentials))
+                admissions.append(_admission(actor, task, credentials))
             elif task.known is not None and task.job.device_id in superseded:
-                reissues.append(_reissue(task, task.known, credentials))
+                reissues.append(_reissue(actor, task, task.known, credentials))
             else:
                 again.append(task.candidate)
                 continue
@@ -409,10 +409,10 @@ class Batches:
             refused += [(task.candidate, quota_reached(most)) for task, _ in done if task.job.device_id in surplus]
             done = [(task, credentials) for task, credentials in done if task.job.device_id not in surplus]
         if admissions:
-            admitted = admit(tx, actor, admissions, style=style, most=most, now=now, advanced_to=generation)
+            admitted = admit(tx, admissions, style=style, most=most, now=now, advanced_to=generation)
             generation = max(generation, admitted.generation)
         if reissues:
-            record_issuances(tx, actor, reissues, now=now)
+            record_issuances(tx, reissues, now=now)
         return _Written(again, refused, done, generation)
 
 
@@ -439,8 +439,9 @@ def _refusals(tx: Connection, tenant_id: str, issued: Sequence[_Issued], now: da
     return refused
 
 
-def _admission(task: _Task, credentials: IssuedCredentials) -> Admission:
+def _admission(actor: Actor, task: _Task, credentials: IssuedCredentials) -> Admission:
     return Admission(
+        actor=actor,
         credentials=credentials,
         name=task.job.request.name,
         event=EventType.REGISTERED,
@@ -453,9 +454,10 @@ def _admission(task: _Task, credentials: IssuedCredentials) -> Admission:
     )
 
 
-def _reissue(task: _Task, known: KnownDevice, credentials: IssuedCredentials) -> Issuance:
+def _reissue(actor: Actor, task: _Task, known: KnownDevice, credentials: IssuedCredentials) -> Issuance:
     superseded = None if known.certificate is None else known.certificate.serial_number
     return Issuance(
+        actor=actor,
         credentials=credentials,
         name=known.device.name,
         event=EventType.RENEWED,

@@ -191,6 +191,7 @@ class FirstEnrolments:
         now: datetime,
     ) -> Admitted:
         admission = Admission(
+            actor=attempt.actor,
             credentials=issued,
             name=device.name,
             event=EventType.ENROLLED,
@@ -200,7 +201,7 @@ class FirstEnrolments:
             request=device if isinstance(device, DeviceRequest) else None,
         )
         most = self._tenants.of(attempt.credential.tenant_id).quotas.devices
-        return admit(tx, attempt.actor, [admission], style=self._settings.granting_style, most=most, now=now)
+        return admit(tx, [admission], style=self._settings.granting_style, most=most, now=now)
 
     def _enrolled(self, issued: IssuedCredentials, generation: int) -> Enrolled:
         metrics.counts.registrations.labels("device" if issued.key is None else "portal").inc()

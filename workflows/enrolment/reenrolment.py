@@ -127,6 +127,7 @@ class Reenrolments:
                 raise EnrolledMeanwhile
             generation = _end_all(tx, device, now)
             issuance = Issuance(
+                actor=attempt.actor,
                 credentials=issued,
                 name=device.name,
                 event=EventType.ENROLLED,
@@ -134,7 +135,7 @@ class Reenrolments:
                 detail=attempt.audit_detail(),
                 attestation=attempt.appraised,
             )
-            certificate_id = record_issuances(tx, attempt.actor, [issuance], now=now)[0]
+            certificate_id = record_issuances(tx, [issuance], now=now)[0]
             values = {**credential.identity_of(key), "certificate_id": certificate_id}
             enrolment.update_enrolment(tx, credential.tenant_id, known.id, **values)
             credential.accept(tx, known)

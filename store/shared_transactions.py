@@ -1,0 +1,126 @@
+"""Transactions that callers share: one disk sync serves all that wait, and one call writes what is alike.
+
+On SQLite writers take turns, so that callers wait for theirs in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy.engine import Connection
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class _Request(Generic[Item, Result]):
+    """The work of one caller, and what became of it."""
+
+    def __init__(self, work: Callable[[Connection, Sequence[Item]], Sequence[Result]], item: Item) -> None:
+        self.work = work
+        self.item = item
+        self.results: list[Result] = []
+        self.error: BaseException | None = None
+        self.done = False
+
+    def run_in_savepoint(self, tx: Connection) -> None:
+        """Do the work; if it fails, undo only its own changes and keep the error for its caller."""
+        savepoint = tx.begin_nested()
+        try:
+            _run_all([self], tx)
+        except BaseException as error:
+            savepoint.rollback()
+            if not isinstance(error, Exception):
+                raise
+            self.error = error
+        else:
+            savepoint.commit()
+
+    def outcome(self) -> Result:
+        """Return the result of the work, or raise its error."""
+        if self.error is not None:
+            raise self.error
+        return self.results[0]
+
+
+class SharedTransactions:
+    """Runs the work of all callers that wait for the write lock in one transaction, so that one disk sync serves all.
+
+    ``transaction`` opens a transaction that writes. A caller returns only after the commit that contains its work is
+    durable, as with a transaction of its own.
+    """
+
+    def __init__(self, transaction: Callable[[], AbstractContextManager[Connection]]) -> None:
+        self._transaction = transaction
+        self._lock = Lock()
+        self._waiting: list[_Request[Any, Any]] = []
+        self._leader = Lock()
+
+    def run(self, work: Callable[[Connection, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+        """Run ``work`` in a transaction that others may share; return its result for ``item``, or raise its error.
+
+        It is given the items of all callers with an equal one, and returns a result for each. It runs a second time,
+        for each item by itself, if the work of a caller in the same transaction failed. It must therefore do nothing
+        but write to the database.
+        """
+        request = _Request(work, item)
+        with self._lock:
+            self._waiting.append(request)
+        with self._leader:
+            if not request.done:
+                self._lead()
+        return request.outcome()
+
+    def _lead(self) -> None:
+        """Commit the work of all callers that wait."""
+        requests: list[_Request[Any, Any]] = []
+        try:
+            with self._transaction() as tx:
+                requests = self._take_waiting()  # only now, because others came while this one waited for the lock
+                if len(requests) == 1:
+                    _run_all(requests, tx)
+                else:
+                    _run_together(requests, tx)
+        except BaseException as error:
+            if not requests:  # the transaction did not begin, so it fails for everyone who waits
+                requests = self._take_waiting()
+            for request in requests:
+                request.error = request.error or error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            for request in requests:
+                request.done = True
+
+    def _take_waiting(self) -> list[_Request[Any, Any]]:
+        with self._lock:
+            requests, self._waiting = self._waiting, []
+        return requests
+
+
+def _run_all(requests: Sequence[_Request[Any, Any]], tx: Connection) -> None:
+    """Do the work of all, equal work once."""
+    alike: dict[Callable[[Connection, Sequence[Any]], Sequence[Any]], list[_Request[Any, Any]]] = {}
+    for request in requests:
+        alike.setdefault(request.work, []).append(request)
+    for work, some in alike.items():
+        for request, result in zip(some, work(tx, [one.item for one in some]), strict=True):
+            request.results = [result]
+
+
+def _run_together(requests: Sequence[_Request[Any, Any]], tx: Connection) -> None:
+    """Do the work of all in one savepoint; if any fails, which is rare, undo it and use a savepoint for each."""
+    savepoint = tx.begin_nested()
+    try:
+        _run_all(requests, tx)
+    except BaseException as error:
+        savepoint.rollback()
+        if not isinstance(error, Exception):
+            raise
+        for request in requests:
+            request.run_in_savepoint(tx)
+    else:
+        savepoint.commit()
