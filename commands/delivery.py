@@ -142,13 +142,13 @@ def summary(checked: Checked, folder: Path, names: Iterable[str]) -> dict[str, A
     }
 
 
-def show_files(portal: Remote, files: dict[str, Any]) -> None:
-    """Show what was written."""
+def show_files(portal: Remote, files: dict[str, Any], *, about: str = "device_id") -> None:
+    """Show what was written; ``about`` is what the id is called."""
     portal.out.done("Key, certificate and chain match.")
     portal.out.done(f"Wrote {len(files['files'])} files to {files['folder']}")
     portal.out.fields(
         {
-            "device_id": text(files["device_id"]),
+            about: text(files["device_id"]),
             "folder": text(files["folder"]),
             "files": text(" ".join(files["files"])),
             "fingerprint": text(files["fingerprint"]),

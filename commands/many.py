@@ -18,7 +18,7 @@ from commands.devices import filter_options
 from commands.errors import CheckFailed, Misused, Unreachable
 from commands.files import read_input, replace_file, writing
 from commands.names import DEVICE, find_device, find_row, in_a_line, whole_id
-from commands.output import clean
+from commands.output import Column, state, text
 
 AT_ONCE = 1000  # devices that the portal takes in one call
 MAX_RESULTS = 64 << 20  # bytes of a file of results
@@ -142,15 +142,15 @@ def named_devices(portal: Remote, devices: Sequence[str]) -> dict[str, Mapping[s
 
     Raises ``CheckFailed`` if one is not known.
     """
-    texts: list[str] = []
+    names: list[str] = []
     for device in devices:
-        texts += _lines(read_input(STDIN)) if device == STDIN else [device]
+        names += _lines(read_input(STDIN)) if device == STDIN else [device]
     found: dict[str, Mapping[str, Any]] = {}
-    for text in texts:
+    for name in names:
         try:
-            row = find_row(portal.client, text)
+            row = find_row(portal.client, name)
         except CheckFailed as error:
-            raise CheckFailed(f"{text}: {error.sentence} Nothing was changed.", hints=error.hints) from None
+            raise CheckFailed(f"{name}: {error.sentence} Nothing was changed.", hints=error.hints) from None
         found[str(row["device_id"])] = row
     return found
 
@@ -204,13 +204,13 @@ def _answers(
 
 def _show(portal: Remote, act: Act, rows: Sequence[Mapping[str, Any]]) -> None:
     numbers = Counter(map(_outcome, rows))
-    if portal.out.as_json:
-        portal.out.json({"devices": rows})
-    else:
-        for row in rows:
-            said = row.get("detail") or row.get("broker", "")
-            cells = (row["device_id"], row.get("name", ""), row.get("status", row.get("code", "")), said)
-            portal.out.raw("\t".join(map(clean, cells)))
+    columns: dict[str, Column] = {
+        "id": "device_id",
+        "name": "name",
+        "status": lambda row: state(row.get("status", row.get("code", ""))),
+        "broker": lambda row: text(row.get("detail") or row.get("broker")),
+    }
+    portal.out.table({"devices": rows}, "devices", columns, empty="", whole=("broker",))
     if numbers["done"] or numbers["repeated"]:
         before = f"; {_devices(numbers['repeated'])} had been {act.status} before" if numbers["repeated"] else ""
         portal.out.done(f"{act.done} {numbers['done']} of {len(rows)} devices{before}")

@@ -266,7 +266,7 @@ def _show(
         warn_of_restart(portal, answer)
     until = answer.get("previous_valid_until")
     if files:
-        show_files(portal, files)
+        show_files(portal, files, about=operation.about)
         if until:
             out.fields({"previous_valid_until": moment(until)})
         out.next_step(f"{operation.show} {answer[operation.about]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.cli_session import Session
-from tests.support.portal_stub import PortalStub, Reply, problem
+from tests.support.portal_stub import PortalStub, Reply, build_bundle, device_files, problem
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 
@@ -41,6 +41,17 @@ def test_add_sends_name_and_topics_and_shows_link_and_password(session: Session,
     assert len(request.headers["Idempotency-Key"]) >= 16
     assert f"application_id\t{ID}" in result.stdout
     assert f"download_url\t{stub.url}/download/x" in result.stdout
+
+
+def test_what_is_unpacked_is_called_an_application(session: Session, stub: PortalStub) -> None:
+    link = stub.add_link(build_bundle(device_files(stub.pki, ID), password="a secret"))
+    stub.replies["POST", "/applications"] = Reply(
+        201, APPLICATION | {"download_url": link, "bundle_password": "a secret"}
+    )
+    result = session.run("application", "add", "store", "--topic", "devices/#:read", "--out", "back-end")
+    assert result.exit_code == 0, result.stderr
+    assert f"application_id\t{ID}" in result.stdout
+    assert "device_id" not in result.stdout
 
 
 @pytest.mark.parametrize("topics", [(), ("--topic", "devices/#"), ("--topic", "devices/#:all")])

@@ -236,3 +236,14 @@ def test_one_device_is_put_into_a_group_without_a_question(session: Session, stu
     device_id = stub.add_device("pump-0")
     assert session.run("update", "pump-0", "--add-to-group", "pilots").exit_code == 0
     assert stub.calls(*CALL)[0].body["ids"] == [device_id]
+
+
+def test_people_get_what_became_of_each_device_as_a_table(session: Session, stub: PortalStub) -> None:
+    ids = [stub.add_device(name) for name in ("pump-1", "a-pump-with-a-longer-name")]
+    done = [{"device_id": one, "status": "suspended", "broker": "enforced", "repeated": False} for one in ids]
+    stub.replies[CALL] = Reply(body="".join(json.dumps(one) + "\n" for one in done).encode())
+    with terminal(session, "suspend", *ids, "--yes", NO_COLOR="1") as seen:
+        assert seen.end() == 0, seen.seen
+    table = [line.split() for line in seen.seen.splitlines()][:3]
+    assert table[0] == ["ID", "NAME", "STATUS", "BROKER"]
+    assert [line[2:] for line in table[1:]] == [["suspended", "enforced"]] * 2
