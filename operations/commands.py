@@ -41,12 +41,10 @@ from operations.doctor.base import Finding, State
 from operations.installation_files import write_files
 from operations.mail_commands import mail_group
 from operations.node_commands import invite, join, rabbitmq_group, show_nodes
+from operations.owner_tokens import first_token, make_admin_token, make_tenant_admin_token
 from operations.token_commands import token_group
 from operations.wiring import (
     Portal,
-    first_token,
-    make_admin_token,
-    make_tenant_admin_token,
     open_portal,
     prepare,
     utc_now,

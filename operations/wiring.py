@@ -16,26 +16,23 @@ from broker.folder import SERVER_CERTIFICATE_FILE
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core import rates, throttle
-from core.errors import NotFound, TokenUnavailable
+from core.errors import TokenUnavailable
 from core.fair_share import FairShare
 from core.files import FileLock, access_problem, remove_leftovers, replace_file, secret_file
 from core.pages import Layout, PageFile, Pages
 from core.rates import Rates
-from core.roles import Role
 from core.served_tenants import ServedTenants
-from core.tenants import TenantStatus
 from core.throttle import Throttle
 from operations import data_folder, nodes
 from operations.monitoring import Monitoring, Readiness
 from operations.own_certificates import OwnCertificates, probe_certificates
 from operations.tenant_readiness import TenantReadiness
 from pki.keys.stores import KeyStores
-from store import audit, tenants
+from store import tenants
 from store.database import Database
 from store.nodes import NodeRecord
 from store.pages import PageTable
 from store.tables import DEFAULT_TENANT
-from store.tenants import TokenRecord
 from workflows import events
 from workflows.agents.agents import BrokerAgents
 from workflows.agents.feed import AgentFeed
@@ -70,7 +67,7 @@ from workflows.groups import Groups
 from workflows.mail.mail import Mail
 from workflows.oidc.login import SingleSignOn
 from workflows.oidc.provider import IdentityProvider
-from workflows.operators import FIRST_TOKEN_LIFE, Operators, new_token
+from workflows.operators import Operators
 from workflows.overview import Overviews
 from workflows.presence import PresenceFollower
 from workflows.probe_identities import ProbeIdentities
@@ -90,7 +87,6 @@ from workflows.webhooks.subscriptions import Dispatcher, Webhooks
 
 log = logging.getLogger("portal.installation")
 
-TOKEN_FILE = "operator-token"  # noqa: S105 - its name
 # There while anybody may have subscribed to events.
 SUBSCRIBED = ".subscribed"
 utc_now = functools.partial(datetime.now, UTC)  # the clock of a portal, unless a test has one of its own
@@ -483,69 +479,3 @@ def _renew_own_certificates(portal: Portal) -> None:
         if not all(path.exists() for path in needed):
             raise
         log.error("the portal's own certificates are not renewed", extra={"problem": error.detail})
-
-
-def first_token(portal: Portal, *, renew: bool = False) -> str | None:
-    """Return the token of the first operator, while it is valid; only the first start makes it, of the role ``system``.
-
-    It is kept in a file of mode 0600 in the data folder, for a day. With ``renew`` it is replaced when half of that is
-    over, or if the file is lost; never if it was revoked.
-    """
-    path, now = portal.settings.secrets_dir / TOKEN_FILE, portal.clock()
-    with FileLock(portal.settings.data_dir / ".setup.lock").hold():
-        secret = secret_file(path, str) if path.exists() else None
-        with portal.database.snapshot() as tx:
-            record = None if secret is None else tenants.find_token(tx, secret)
-            is_first_start = not tenants.list_tokens(tx, portal.first_tenant)
-        if is_first_start or (renew and (record is None or _may_renew(record, now))):
-            return _make_token(portal, record, Role.SYSTEM if record is None else Role(record.role))[0]
-    return secret if record is not None and record.is_valid(now) else None
-
-
-def _may_renew(record: TokenRecord, now: datetime) -> bool:
-    ends = record.expires_at
-    return record.revoked_at is None and ends is not None and ends - now < FIRST_TOKEN_LIFE / 2
-
-
-def make_admin_token(portal: Portal) -> tuple[str, TokenRecord]:
-    """Replace the token of the first operator by one of the role ``system``, whatever became of it.
-
-    For the owner of the machine.
-    """
-    path = portal.settings.secrets_dir / TOKEN_FILE
-    with FileLock(portal.settings.data_dir / ".setup.lock").hold():
-        with portal.database.snapshot() as tx:
-            record = tenants.find_token(tx, secret_file(path, str)) if path.exists() else None
-        return _make_token(portal, record, Role.SYSTEM)
-
-
-def make_tenant_admin_token(portal: Portal, tenant_id: str) -> tuple[str, TokenRecord]:
-    """Make a token of an admin of another tenant than the first, beside those it has; for the owner of the machine.
-
-    Raises ``NotFound``.
-    """
-    now = portal.clock()
-    secret, record = new_token(tenant_id, "owner of the machine", Role.ADMIN, now + FIRST_TOKEN_LIFE, now=now)
-    with portal.database.transaction() as tx:
-        if tenants.get_tenant(tx, tenant_id).status is TenantStatus.REMOVED:
-            raise NotFound("The tenant was removed.")
-        tenants.add_token(tx, record, secret=secret)
-        actor, about = audit.system_actor(tenant_id), f"token:{record.id}"
-        audit.record(tx, actor, "token:create", about, at=now, name=record.name, role=record.role)
-    return secret, record
-
-
-def _make_token(portal: Portal, replaced: TokenRecord | None, role: Role) -> tuple[str, TokenRecord]:
-    now = portal.clock()
-    ends = now + FIRST_TOKEN_LIFE
-    secret, record = new_token(portal.first_tenant, "first operator", role, ends, now=now)
-    # First the file: a start that is killed in between has made no token, and the next one is the first again.
-    replace_file(portal.settings.secrets_dir / TOKEN_FILE, f"{secret}\n".encode())
-    actor, about = audit.system_actor(portal.first_tenant), f"token:{record.id}"
-    with portal.database.transaction() as tx:
-        tenants.add_token(tx, record, secret=secret)
-        if replaced is not None:
-            tenants.revoke_token(tx, portal.first_tenant, replaced.id, revoked_at=now)
-        of = None if replaced is None else replaced.id
-        audit.record(tx, actor, "token:create", about, at=now, name=record.name, role=role, replaces=of)
-    return secret, record

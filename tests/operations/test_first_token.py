@@ -17,8 +17,9 @@ from core.roles import Role
 from operations.commands import _operator_environment, admin_token
 from operations.doctor.base import Installation, State
 from operations.doctor.data import tokens as examine_tokens
+from operations.owner_tokens import first_token, make_admin_token
 from operations.token_commands import token_group
-from operations.wiring import Portal, first_token, make_admin_token
+from operations.wiring import Portal
 from store import audit, tenants
 from store.tenants import TokenRecord
 from tests.support.harness import ON_SQLITE, Clock

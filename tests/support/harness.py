@@ -23,7 +23,8 @@ from flask.testing import FlaskClient
 from app import portal_of
 from config import Settings
 from core.roles import Role
-from operations.wiring import Portal, first_token, open_portal, prepare, utc_now
+from operations.owner_tokens import first_token
+from operations.wiring import Portal, open_portal, prepare, utc_now
 from pki.algorithms import encrypt_private_key
 from pki.keys import files
 from store import tenants

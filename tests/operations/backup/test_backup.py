@@ -35,7 +35,8 @@ from core.states import Approval, DeviceStatus, RepeatedSerial
 from operations import data_folder
 from operations.backup.archive import MANIFEST, Backup
 from operations.backup.revocations import RevocationReplay
-from operations.wiring import first_token, open_portal, prepare
+from operations.owner_tokens import first_token
+from operations.wiring import open_portal, prepare
 from pki.encoding import pem
 from pki.issuers import CLOCK_SKEW
 from store import audit, enrolment, generations, schema, tenants
