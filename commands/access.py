@@ -113,7 +113,9 @@ def _list_logins(portal: Remote) -> None:
         settings = portal.settings
     except Misused as error:
         problem = error.sentence
-        portal.out.warning(" ".join((problem, *error.hints)))
+        portal.out.warning(problem)
+        for hint in error.hints:
+            portal.out.note(hint)
     rows: list[dict[str, Any]] = []
     for name in saved_profiles(os.environ):
         try:
@@ -141,8 +143,8 @@ def _list_logins(portal: Remote) -> None:
     )
     if settings is not None and settings.token_source != SAVED_LOGIN:
         token = f"the token of {settings.token_source}" if settings.token else "no token"
-        portal.out.note(f"Commands use none of them, but {token} at {settings.url}.")
-        if names := [name for name in OVERRIDDEN if os.environ.get(name)]:
+        portal.out.note(f"Commands use no saved login, but {token} at {settings.url}.")
+        if rows and (names := [name for name in OVERRIDDEN if os.environ.get(name)]):
             portal.out.note(f"To use a saved login, run: unset {' '.join(names)}")
 
 

@@ -118,6 +118,8 @@ def list_devices(
     filters["sort"] = None if sort is None else SORTS[sort]
     answer = portal.client.read_pages("/devices", "devices", limit=None if all_ else limit, cursor=cursor, **filters)
     filtered = any(value for name, value in filters.items() if name != "sort")
+    if not answer["devices"] and filters["profile"]:
+        portal.client.get(f"/profiles/{filters['profile']}")  # which says so if there is no such profile
     if format_ == "json":
         portal.out.json(answer)
         return

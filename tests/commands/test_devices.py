@@ -15,7 +15,7 @@ import pytest
 from commands import client
 from commands.output import Cell, status_of, text
 from tests.support.cli_session import Session
-from tests.support.portal_stub import PortalStub, Reply
+from tests.support.portal_stub import PortalStub, Reply, problem
 from tests.support.terminal import terminal
 
 UNKNOWN = "0f9d2c4e-5b1a-4c7d-9e8f-102030405060"
@@ -144,7 +144,7 @@ def test_filters_reach_the_portal(session: Session, stub: PortalStub) -> None:
         "limit": "50",
     }
     session.run("list", "--expires-before", "30d")
-    before = datetime.fromisoformat(stub.requests[1].query["expires_before"])
+    before = datetime.fromisoformat(stub.requests[-1].query["expires_before"])
     assert abs(before - datetime.now(UTC) - timedelta(days=30)) < timedelta(minutes=1)
 
 
@@ -322,3 +322,12 @@ def test_metadata_is_changed_key_by_key(session: Session, stub: PortalStub) -> N
 def test_a_list_of_names_is_words_for_people_and_json_for_programs() -> None:
     assert text(["meters", "pilots"]) == Cell('["meters", "pilots"]', "meters, pilots")
     assert (text([]).plain, text([]).shown) == ("[]", "-")
+
+
+def test_an_empty_list_of_a_profile_that_does_not_exist_says_so(session: Session, stub: PortalStub) -> None:
+    said = "There is no certificate profile nosuch; list them with GET /profiles."
+    stub.replies["GET", "/profiles/nosuch"] = problem(404, "not_found", said)
+    stub.replies["GET", "/devices"] = Reply(body={"devices": [], "next_cursor": None})
+    result = session.run("list", "--profile", "nosuch")
+    assert result.exit_code == 1
+    assert "There is no certificate profile nosuch; list them with portal profile list." in result.stderr

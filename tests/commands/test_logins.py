@@ -200,7 +200,7 @@ def test_a_login_profile_after_the_command_is_told_from_a_certificate_profile(
     assert "before the command: portal --profile factory list" in result.stderr
     stub.replies["GET", "/profiles/factory"] = Reply(body={"name": "factory"})
     assert saved.run("list", "--profile", "factory").exit_code == 0
-    assert stub.requests[-1].query["profile"] == "factory"
+    assert stub.calls("GET", "/devices")[-1].query["profile"] == "factory"
     assert factory.requests == []
 
 
