@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import UTC, datetime
 from types import MappingProxyType
 
@@ -101,7 +101,8 @@ class BrokerProvisioning:
         proven(Step.DENIED, *([Step.REFUSED] if asked else []))
         failpoint("apply.after_reload")
         if changes.sessions_to_end:
-            self.disconnect(changes.sessions_to_end, deadline, revoked=changes.revoked)
+            narrowed = frozenset(changes.narrowed)
+            self.disconnect(changes.sessions_to_end, deadline, revoked=changes.revoked, narrowed=narrowed)
         proven(Step.CUT)
         failpoint("apply.after_cut")
         if has_crls and (shown is not None or self.control.publishes_crls):
@@ -134,12 +135,17 @@ class BrokerProvisioning:
         return self.control.knows_tenants(deadline)
 
     def disconnect(
-        self, device_ids: Sequence[str], deadline: float, *, revoked: Mapping[str, str] = MappingProxyType({})
+        self,
+        device_ids: Sequence[str],
+        deadline: float,
+        *,
+        revoked: Mapping[str, str] = MappingProxyType({}),
+        narrowed: Set[str] = frozenset(),
     ) -> None:
         """End the devices' sessions; see ``broker.control.BrokerControl``. Raise ``ValueError`` for another id."""
         for device_id in device_ids:
             check_device_id(device_id)
-        self.control.end_sessions(device_ids, deadline, revoked=revoked)
+        self.control.end_sessions(device_ids, deadline, revoked=revoked, narrowed=narrowed)
 
     def probe(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
         """Check that the broker refuses the revoked certificate as revoked, and accepts the good one.

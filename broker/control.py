@@ -42,8 +42,9 @@ class Changes:
     """What a broker must be seen to obey once the draft of ``generation`` is installed.
 
     ``disconnected`` are ids of clients whose sessions must end, ``revoked`` those of them that were revoked for good,
-    each with the prefix of its topics, ``narrowed`` those that have only lost topics. ``in_doubt`` if it must be seen
-    to refuse a revoked certificate even if nobody is disconnected: it has new CRLs, or others may have damaged some.
+    each with the prefix of its topics, ``narrowed`` those that have lost topics, be they disconnected or not.
+    ``in_doubt`` if it must be seen to refuse a revoked certificate even if nobody is disconnected: it has new CRLs, or
+    others may have damaged some.
     """
 
     generation: int
@@ -55,7 +56,7 @@ class Changes:
     @property
     def sessions_to_end(self) -> Sequence[str]:
         """The ids of clients whose sessions must end, for whatever reason."""
-        return [*self.disconnected, *self.narrowed]
+        return [*dict.fromkeys([*self.disconnected, *self.narrowed])]
 
 
 class DeviceAccess(Protocol):
@@ -214,13 +215,19 @@ class BrokerControl(Protocol):
         """
 
     def end_sessions(
-        self, device_ids: Sequence[str], deadline: float, *, revoked: Mapping[str, str] = MappingProxyType({})
+        self,
+        device_ids: Sequence[str],
+        deadline: float,
+        *,
+        revoked: Mapping[str, str] = MappingProxyType({}),
+        narrowed: Set[str] = frozenset(),
     ) -> None:
         """End the devices' sessions: connections are closed, queues and subscriptions discarded.
 
         A device without a session is not an error. Call it only after ``enforce``, or the broker accepts the device
         again. If it ``clears_retained``, the retained messages below the default topics of those in ``revoked`` are
-        cleared, which has the prefix of each one's topics. Raise ``BrokerUnavailable``.
+        cleared, which has the prefix of each one's topics. Those ``narrowed`` come back, and must not find what they
+        may not read any more. Raise ``BrokerUnavailable``.
         """
 
     def probe(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from types import MappingProxyType
 
@@ -46,7 +46,12 @@ class Mosquitto:
         self._probe = Probe(settings.mqtt_host, settings.probe_addresses, ca_file, further)
 
     def end_sessions(
-        self, device_ids: Sequence[str], deadline: float, *, revoked: Mapping[str, str] = MappingProxyType({})
+        self,
+        device_ids: Sequence[str],
+        deadline: float,
+        *,
+        revoked: Mapping[str, str] = MappingProxyType({}),
+        narrowed: Set[str] = frozenset(),
     ) -> None:
         """Take over each session with clean start (MQTT 5.0 section 3.1.4); see ``broker.control.BrokerControl``."""
         password = self._folder.password()

@@ -61,7 +61,7 @@ class _Target:
     """What one snapshot of the database says that the broker must enforce.
 
     ``disconnected`` are ids of devices, ``revoked`` those of them that were revoked for good, each with the
-    prefix of its topics, ``narrowed`` those that have only lost topics. ``in_doubt`` if the broker may accept anybody:
+    prefix of its topics, ``narrowed`` those that have lost topics. ``in_doubt`` if the broker may accept anybody:
     others may have reloaded it with damaged files.
     """
 
@@ -491,7 +491,7 @@ class Reconciler:
     def _sessions_to_end(
         self, tx: Connection, known: BrokerTenants, *, since: int
     ) -> tuple[Sequence[str], Mapping[str, str], Sequence[str]]:
-        """Return whose sessions must end, which of them were revoked, and who has lost topics only."""
+        """Return whose sessions must end, which of them were revoked, and who has lost topics."""
         disconnected = generations.devices_to_disconnect(tx, since=since)
         revoked = generations.revoked_since(tx, since) if disconnected else {}
         prefixes = {
@@ -500,8 +500,7 @@ class Reconciler:
         }
         if not self._broker.control.narrows_at_once:
             return disconnected, prefixes, ()
-        narrowed = {*generations.narrowed_since(tx, since)} - {*disconnected}
-        return disconnected, prefixes, sorted(narrowed)
+        return disconnected, prefixes, generations.narrowed_since(tx, since)
 
     def _install(self, target: _Target) -> bool:
         """Write it for the broker; return whether that has the CRLs now, and not only what the draft says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -97,22 +98,37 @@ class Cluster:
 
     # --- Sessions
 
-    def end_sessions(self, identities: Sequence[str], deadline: float, *, seen_by: Set[str] = frozenset()) -> None:
-        """Close all connections of clients and delete their queues, and see that none are left.
+    def end(self, identity: str, deadline: float) -> None:
+        """Close a client's connections, and delete its queues; raise ``BrokerUnavailable``."""
+        self._at_any(lambda one: _end(one, identity, self._vhosts, deadline), deadline)
 
-        Each of the nodes ``seen_by`` must say that, since it knows its own connections even if others do not see it.
-        Raise ``BrokerUnavailable`` if that was not seen by ``deadline``.
+    def see_none(self, identity: str, names: Set[str], deadline: float) -> None:
+        """See that a client has no connection, by what each of the nodes says, and close those that it has.
+
+        A node knows its own connections even if others do not see it. Raise ``BrokerUnavailable``.
         """
-        nodes = [one for one in self._nodes() if one.node.name in seen_by]
-
-        def end(identity: str) -> None:
-            self._at_any(lambda one: _end(one, identity, self._vhosts, deadline), deadline)
-            for one in nodes:
+        for one in self._nodes():
+            if one.node.name in names:
                 _see_none(one, identity, deadline)
 
+    def for_each(self, identities: Iterable[str], do: Callable[[str], None]) -> None:
+        """Do something for several clients at once; raise what the first one raises."""
         with ThreadPoolExecutor(max_workers=IN_FLIGHT, thread_name_prefix="rabbitmq") as pool:
-            for _ in pool.map(end, identities):
+            for _ in pool.map(do, identities):
                 pass
+
+    def end_until(self, deadline: float, identities: Iterable[str]) -> Set[str]:
+        """Call ``end`` for as many clients as there is time for; return them."""
+        ended = set[str]()
+
+        def end(identity: str) -> None:
+            if time.monotonic() < deadline:
+                with contextlib.suppress(BrokerUnavailable):
+                    self.end(identity, deadline)
+                    ended.add(identity)
+
+        self.for_each(identities, end)
+        return ended
 
     # --- Who is connected
 

@@ -8,7 +8,7 @@ forgotten what it was answered before; connections that were made meanwhile are 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +26,7 @@ from broker.guard.writing import JournalControl
 from broker.probe import ProbeCertificate, ProbeCertificates, ProbeResult, Resumption
 from broker.rabbitmq.answers import check_filter
 from broker.rabbitmq.cluster import Cluster
+from broker.rabbitmq.ended import EndedSessions
 from broker.rabbitmq.folder import RabbitmqFiles
 from broker.rabbitmq.presence import RabbitmqReports
 from broker.rabbitmq.probe import Believed, NodeProbe, NodeStopped
@@ -68,6 +69,8 @@ class RabbitmqControl(JournalControl):
         self._probes = tuple(NodeProbe(node, settings) for node in settings.rabbitmq_nodes)
         self._cluster = Cluster(settings)
         self._unwritten: Mapping[str, str] = {}  # nodes that lack the newest CRLs, with the reason
+        self._names = {node.name for node in settings.rabbitmq_nodes}
+        self._ended = EndedSessions(self.files.journal)
         self._denial: _Denial | None = None
 
     # --- Writing
@@ -115,36 +118,64 @@ class RabbitmqControl(JournalControl):
         return position.generation
 
     def end_sessions(
-        self, device_ids: Sequence[str], deadline: float, *, revoked: Mapping[str, str] = MappingProxyType({})
+        self,
+        device_ids: Sequence[str],
+        deadline: float,
+        *,
+        revoked: Mapping[str, str] = MappingProxyType({}),
+        narrowed: Set[str] = frozenset(),
     ) -> None:
-        """End connections and delete queues, at once and again once no node believes older answers any more."""
+        """End connections and delete queues, at once and again once no node believes older answers any more.
+
+        A pass for many goes on where the one before had no more time.
+        """
         denial, self._denial = self._denial, None
-        self._cluster.end_sessions(device_ids, deadline)
         if denial is None:
+            self._cluster.for_each(device_ids, lambda identity: self._cluster.end(identity, deadline))
             return
-        self._wait_until_forgotten(denial, deadline)
+        left = self._ended.left(device_ids)
+        forgotten_at = self._forgotten_at(denial, deadline)
+        ended = self._cluster.end_until(forgotten_at, left)
+        time.sleep(max(0.0, forgotten_at - time.monotonic()))
+        seen_by = self._see_forgotten(denial, deadline)
+        if narrowed and (without := sorted(self._names - seen_by)):
+            raise BrokerUnavailable(
+                f"{without[0]} does not run, and may have kept sessions of clients that lost topics: start it, or take"
+                " it out of the cluster and of PORTAL_RABBITMQ_NODES."
+            )
+
+        def finish(identity: str) -> None:
+            if identity not in ended or identity in narrowed:
+                self._cluster.end(identity, deadline)
+            self._cluster.see_none(identity, seen_by, deadline)
+            self._ended.add(identity)
+
+        self._cluster.for_each(left, finish)
+
+    def _forgotten_at(self, denial: _Denial, deadline: float) -> float:
+        """Return when no node can go by an answer of before the denial; raise ``BrokerUnavailable`` if that is late."""
+        cache, now = self._settings.rabbitmq_cache_seconds, time.monotonic()
+        at = denial.at + IN_FLIGHT_SECONDS + cache
+        for believed in denial.believed.values():
+            at = max(at, believed.at + cache, now + believed.ends / 1000 - time.time())
+        if at + SETTLE_SECONDS >= deadline:
+            raise BrokerUnavailable(
+                "There was no time to wait until RabbitMQ has forgotten what it was answered before: set"
+                f" PORTAL_ENFORCE_TIMEOUT to {IN_FLIGHT_SECONDS + cache + 2:g} or more."
+            )
+        return at + SETTLE_SECONDS
+
+    def _see_forgotten(self, denial: _Denial, deadline: float) -> Set[str]:
+        """See that each node has forgotten what it was answered before the denial; return the nodes, which all run."""
         at_once = self._at_each(
             lambda one: one.see_forgotten(denial.good, denial.believed[one], deadline), [*denial.believed], deadline
         )
         if not all(at_once.values()):
             time.sleep(IN_FLIGHT_SECONDS)  # it believes answers for longer than it should, those that came late, too
         seen = {one.node.name for one in at_once}
-        if unseen := sorted(self._cluster.running(deadline) ^ seen):
-            raise BrokerUnavailable(f"{unseen[0]} was just started or stopped: this is tried again.")
-        self._cluster.end_sessions(device_ids, deadline, seen_by=seen)
-
-    def _wait_until_forgotten(self, denial: _Denial, deadline: float) -> None:
-        cache, now = self._settings.rabbitmq_cache_seconds, time.monotonic()
-        until = denial.at + IN_FLIGHT_SECONDS + cache
-        for believed in denial.believed.values():
-            until = max(until, believed.at + cache, now + believed.ends / 1000 - time.time())
-        until += SETTLE_SECONDS
-        if until >= deadline:
-            raise BrokerUnavailable(
-                "There was no time to wait until RabbitMQ has forgotten what it was answered before: set"
-                f" PORTAL_ENFORCE_TIMEOUT to more than {IN_FLIGHT_SECONDS + cache + 1:g}."
-            )
-        time.sleep(max(0.0, until - now))
+        if others := sorted(self._cluster.running(deadline) ^ seen):
+            raise BrokerUnavailable(f"{others[0]} was just started or stopped: this is tried again.")
+        return seen
 
     def probe(self, certificates: ProbeCertificates, deadline: float) -> ProbeResult:
         """Check that each node refuses the revoked certificate as revoked, and accepts the good one."""
