@@ -9,7 +9,7 @@ import click
 
 from operations.command_base import without_traceback
 
-FOLDERS = ("mosquitto", "deploy", "device")
+FOLDERS = ("mosquitto", "rabbitmq", "deploy", "device")
 _TREE = Path(__file__).parents[1]
 
 
@@ -19,9 +19,9 @@ _TREE = Path(__file__).parents[1]
 def write_files(folder: Path) -> None:
     """Write the files for broker, services and devices.
 
-    FOLDER must not exist. In it mosquitto/ has the broker's configuration and the sources of the guard, deploy/ the
-    units, nginx's configuration and the container files, device/ what enrols a device. Build the guard by:
-    make -C FOLDER/mosquitto/guard install
+    FOLDER must not exist. In it mosquitto/ has the broker's configuration and the sources of the guard, rabbitmq/ that
+    of a cluster's nodes, deploy/ the units, nginx's configuration and the container files, device/ what enrols a
+    device. Build the guard by: make -C FOLDER/mosquitto/guard install
     """
     try:
         folder.mkdir(parents=True)

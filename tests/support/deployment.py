@@ -53,6 +53,7 @@ class Deployment:
 
     fake: Mapping[str, str] = MappingProxyType({})  # variables by which the broker goes by another clock
     under: tuple[str, ...] = ()  # the program, with its first arguments, under which the server runs
+    mqtt_host = "localhost"
 
     def __init__(self, **environment: str) -> None:
         self.folder = short_folder()

@@ -6,7 +6,7 @@ import ssl
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,34 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from config import Settings
 from tests.support.deployment import Deployment
 from tests.support.harness import csr_pem
-from tests.support.mqtt import MqttClient, Will, connect_socket, connect_tls, tls_context
+from tests.support.mqtt import SECONDS, MqttClient, Will, connect_socket, connect_tls, tls_context
 from tests.support.pki import key_pem
+from tests.support.rabbitmq_deployment import RabbitmqDeployment
 
-ENGINES = ("files", "guard")
+ENGINES = ("files", "guard", "rabbitmq")
 SUBSCRIBED = 1
 
 
 @dataclass(frozen=True)
 class Member:
-    """A device or an application, with a certificate of its own."""
+    """A device or an application, with a certificate of its own, and the port of the broker that it connects to."""
 
     id: str
     context: ssl.SSLContext
     port: int
+    host: str = "localhost"
+
+    def at(self, port: int) -> Member:
+        """The same, as it connects to another broker, or node of one."""
+        return replace(self, port=port)
 
     def topic(self, word: str) -> str:
         """One of its own topics."""
         return f"devices/{self.id}/{word}"
 
-    def tls(self) -> MqttClient:
-        """Shake hands; CONNECT is still to be sent."""
-        return MqttClient(connect_tls(self.port, self.context), version=4)
+    def tls(self, seconds: float = SECONDS) -> MqttClient:
+        """Shake hands within so many seconds; CONNECT is still to be sent."""
+        return MqttClient(connect_tls(self.port, self.context, host=self.host, seconds=seconds), version=4)
 
     @contextmanager
     def connected(self, *, clean: bool = True, will: Will | None = None) -> Iterator[MqttClient]:
@@ -44,10 +50,10 @@ class Member:
             assert client.connect(self.id, clean=clean, will=will) == 0
             yield client
 
-    def is_admitted(self) -> bool:
-        """Tell whether it gets a message of its own back."""
+    def is_admitted(self, seconds: float = SECONDS) -> bool:
+        """Tell whether it shakes hands in so many seconds, and gets a message of its own back."""
         try:
-            with self.tls() as client:
+            with self.tls(seconds) as client:
                 if client.connect(self.id) != 0 or client.subscribe(self.topic("#")) != SUBSCRIBED:
                     return False
                 client.publish(self.topic("echo"), b"echo")
@@ -70,6 +76,11 @@ class Engine:
     def is_by_journal(self) -> bool:
         """Whether each client may do just what the portal says of it, which Mosquitto's files cannot say."""
         return self.name != "files"
+
+    @property
+    def asks_portal(self) -> bool:
+        """Whether the broker asks the portal about a client that connects, or uses a topic for the first time."""
+        return self.name == "rabbitmq"
 
     # --- Clients
 
@@ -95,7 +106,7 @@ class Engine:
         files[0].write_text(chain)
         files[1].write_bytes(key_pem(key))
         context = tls_context(Path(self.deployment.operator["PORTAL_CA"]), *files)
-        return Member(identity, context, self.deployment.mqtt_port)
+        return Member(identity, context, self.deployment.mqtt_port, self.deployment.mqtt_host)
 
     def renew(self, device: Member, overlap_hours: int) -> tuple[Member, dict[str, Any]]:
         """Give the device a further certificate; return it with that, and the answer."""
@@ -125,11 +136,20 @@ class Engine:
 
     def restart(self) -> None:
         """Restart the broker as a service's manager does."""
+        if isinstance(self.deployment, RabbitmqDeployment):
+            (node,) = self.deployment.cluster.nodes
+            node.stop()
+            node.launch()
+            node.wait()
+            return
         assert self.deployment.broker is not None
         self.deployment.broker.restart()
 
     def keeps_session(self, device: Member) -> bool:
         """Tell whether the broker has a session of a client that is away, with its subscriptions and messages."""
+        if isinstance(self.deployment, RabbitmqDeployment):
+            queues = self.deployment.cluster.nodes[0].get("/api/queues?columns=name")
+            return any(device.id in queue["name"] for queue in queues)
         settings = Settings.from_env(
             {name: value for name, value in self.deployment.environment.items() if name.startswith("PORTAL_")}
         )
@@ -142,6 +162,11 @@ class Engine:
 @contextmanager
 def engine(name: str) -> Iterator[Engine]:
     """A portal with a broker of the engine; nothing restarts the broker but a test."""
-    with Deployment(PORTAL_BROKER_CONTROL=name, PORTAL_BROKER_RESTART="") as deployment:
+    of_engine = (
+        RabbitmqDeployment(PORTAL_BROKER_RESTART="")
+        if name == "rabbitmq"
+        else Deployment(PORTAL_BROKER_CONTROL=name, PORTAL_BROKER_RESTART="")
+    )
+    with of_engine as deployment:
         deployment.wait_ready()
         yield Engine(deployment)

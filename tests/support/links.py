@@ -96,7 +96,7 @@ class LossyNamespace:
     def __init__(self) -> None:
         number = os.getpid() % 250
         self.name, self._here, self._there = f"edge{number}", f"edge{number}a", f"edge{number}b"
-        self.outside, self._inside = f"10.213.{number}.1", f"10.213.{number}.2"
+        self.outside, self.inside = f"10.213.{number}.1", f"10.213.{number}.2"
         self.lost = 0.0  # 1.0: all packets
         self._random = random.Random(17)  # noqa: S311 - which packets are lost is no secret
         self._stopping = threading.Event()
@@ -109,9 +109,9 @@ class LossyNamespace:
         self._passing.start()
         _run("ip", "link", "set", self._there, "netns", self.name)
         in_it = ("ip", "-n", self.name)
-        _run("ip", "address", "add", self.outside, "peer", self._inside, "dev", self._here)
+        _run("ip", "address", "add", self.outside, "peer", self.inside, "dev", self._here)
         _run("ip", "link", "set", self._here, "up")
-        _run(*in_it, "address", "add", self._inside, "peer", self.outside, "dev", self._there)
+        _run(*in_it, "address", "add", self.inside, "peer", self.outside, "dev", self._there)
         for device in (self._there, "lo"):
             _run(*in_it, "link", "set", device, "up")
         return self

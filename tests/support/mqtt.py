@@ -235,9 +235,16 @@ def tls_context(ca: Path, certificate: Path | None = None, key: Path | None = No
     return context
 
 
-def connect_tls(port: int, context: ssl.SSLContext, session: ssl.SSLSession | None = None) -> ssl.SSLSocket:
-    """Connect with TLS, resuming ``session`` if it is given."""
-    sock = socket.create_connection(("localhost", port), SECONDS)
+def connect_tls(
+    port: int,
+    context: ssl.SSLContext,
+    session: ssl.SSLSession | None = None,
+    *,
+    host: str = "localhost",
+    seconds: float = SECONDS,
+) -> ssl.SSLSocket:
+    """Connect with TLS to localhost, at whatever address, resuming ``session`` if it is given."""
+    sock = socket.create_connection((host, port), seconds)
     # Else CONNECT waits 40 ms for the broker's delayed ACK of the handshake.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return context.wrap_socket(sock, server_hostname="localhost", session=session)

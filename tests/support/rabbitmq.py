@@ -53,7 +53,7 @@ class Node:
 
     @property
     def management_url(self) -> str:
-        return f"http://127.0.0.1:{self.management_port}"
+        return f"http://{self._cluster.address}:{self.management_port}"
 
     @property
     def log(self) -> str:
@@ -104,10 +104,11 @@ class Node:
         }
         texts["advanced.config"] = texts["advanced.config"].replace(INSTALLED_FOLDER, str(self.portal_folder))
         text = texts["rabbitmq.conf"].replace(INSTALLED_ANSWERS, self._cluster.answers_url)
-        text = text.replace("0.0.0.0:8883", f"127.0.0.1:{self.mqtt_port}")
+        text = text.replace("0.0.0.0:8883", f"{self._cluster.address}:{self.mqtt_port}")
         text = text.replace("management.tcp.port = 15672", f"management.tcp.port = {self.management_port}")
         for number, port in enumerate(self.tenant_ports, 2):
             text += f"mqtt.listeners.ssl.{number} = 127.0.0.1:{port}\n"
+        text = text.replace("management.tcp.ip = 127.0.0.1", f"management.tcp.ip = {self._cluster.address}")
         text += f"default_user = {USER}\ndefault_pass = {self._cluster.password}\nlog.file.level = info\n"
         if len(self._cluster.nodes) > 1:
             text += "cluster_formation.peer_discovery_backend = classic_config\n"
@@ -123,7 +124,7 @@ class Node:
 
     def answers(self) -> bool:
         """Tell whether devices and the portal are served."""
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.mqtt_port), 1):
+        with contextlib.suppress(OSError), socket.create_connection((self._cluster.address, self.mqtt_port), 1):
             return self.get("/api/overview") is not None
         return False
 
@@ -191,10 +192,13 @@ def _group_lives(group: int) -> bool:
 
 
 class RabbitmqCluster:
-    """One node or several, with a port mapper of their own; ``answers_url`` is where they ask about devices."""
+    """One node or several, with a port mapper of their own; ``answers_url`` is where they ask about devices.
 
-    def __init__(self, answers_url: str, nodes: int = 1, *, tenants: int = 0) -> None:
-        self.answers_url = answers_url
+    Devices and the portal reach them at ``address``.
+    """
+
+    def __init__(self, answers_url: str, nodes: int = 1, *, tenants: int = 0, address: str = "127.0.0.1") -> None:
+        self.answers_url, self.address = answers_url, address
         self.tenants = tenants
         self.folder = short_folder(in_memory=True)
         self.cookie = secrets.token_hex(16).upper()
@@ -217,6 +221,12 @@ class RabbitmqCluster:
 
     def start(self) -> Self:
         """Start all; returns once each serves devices, and all see each other."""
+        self.launch()
+        self.wait()
+        return self
+
+    def launch(self) -> None:
+        """Start all without waiting for anything."""
         self._mapper = subprocess.Popen(
             ["epmd", "-address", "127.0.0.1", "-port", str(self.mapper_port)],
             stdin=subprocess.DEVNULL,
@@ -225,10 +235,12 @@ class RabbitmqCluster:
         )
         for node in self.nodes:
             node.launch()
+
+    def wait(self) -> None:
+        """Wait until each node serves devices, and all see each other."""
         for node in self.nodes:
             node.wait()
         self.wait_for(lambda: all(len(self.running_at(node)) == len(self.nodes) for node in self.nodes))
-        return self
 
     def running_at(self, node: Node) -> set[str]:
         """Return the nodes that run, as one of them sees it."""

@@ -76,7 +76,7 @@ def test_the_client_alone_brings_nothing_of_the_server(client: Path, tmp_path: P
 
 def test_the_wheel_carries_what_is_no_module(server: Path, tmp_path: Path) -> None:
     run(server / "portal-server", "files", "kept/here", cwd=tmp_path)
-    for folder in ("mosquitto", "deploy", "device"):
+    for folder in ("mosquitto", "rabbitmq", "deploy", "device"):
         listed = ["git", "ls-files", folder, ":!mosquitto/guard/tests"]
         tracked = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
         for path in tracked:

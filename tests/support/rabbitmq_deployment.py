@@ -1,0 +1,87 @@
+"""A whole portal for tests with a cluster of RabbitMQ, each node set up from rabbitmq/ as an operator does."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from typing import Any
+
+from tests.support.deployment import Deployment
+from tests.support.links import Link
+from tests.support.ports import free_port
+from tests.support.rabbitmq import USER, Node, RabbitmqCluster
+
+
+class RabbitmqDeployment(Deployment):
+    """A portal whose broker is ``cluster``; its clients connect to the first node unless they are told another.
+
+    ``linked``: portal and nodes reach each other through ``links``, which a test can cut; clients do not use them.
+    ``at`` and ``answers_at`` are the addresses of the nodes, and of the portal for them.
+    """
+
+    def __init__(
+        self,
+        nodes: int = 1,
+        *,
+        linked: bool = False,
+        at: str = "127.0.0.1",
+        answers_at: str = "127.0.0.1",
+        **environment: str,
+    ) -> None:
+        self._stack = ExitStack()
+        self._linked = linked
+        self.links: dict[int, Link] = {}
+        answers = free_port()
+        host = "localhost" if answers_at == "127.0.0.1" else answers_at
+        self.cluster = RabbitmqCluster(f"https://{host}:{self._through(answers)}", nodes, address=at)
+        self.answers_link = self.links.get(answers)
+        first = self.cluster.nodes[0]
+        password = self.cluster.folder / "password"
+        password.touch(mode=0o600)
+        password.write_text(self.cluster.password)
+        super().__init__(
+            PORTAL_BROKER_CONTROL="rabbitmq",
+            PORTAL_MQTT_PORT=str(first.mqtt_port),
+            PORTAL_RABBITMQ_NODES=json.dumps([self._described(node) for node in self.cluster.nodes]),
+            PORTAL_RABBITMQ_USER=USER,
+            PORTAL_RABBITMQ_PASSWORD_FILE=str(password),
+            PORTAL_RABBITMQ_BIND=f"{answers_at}:{answers}",
+            PORTAL_RABBITMQ_URL=self.cluster.answers_url,
+            **environment,
+        )
+        self.mqtt_host = "localhost" if at == "127.0.0.1" else at
+        self.mqtt_port = first.mqtt_port
+
+    def _through(self, port: int) -> int:
+        if not self._linked:
+            return port
+        self.links[port] = self._stack.enter_context(Link(port))
+        return self.links[port].port
+
+    def _described(self, node: Node) -> dict[str, str]:
+        """The node as PORTAL_RABBITMQ_NODES has it."""
+        at = self.cluster.address
+        return {
+            "name": node.name,
+            "mqtt": f"{at}:{self._through(node.mqtt_port)}",
+            "management": f"http://{at}:{self._through(node.management_port)}",
+            "folder": str(node.portal_folder),
+        }
+
+    def links_to(self, node: Node) -> list[Link]:
+        """The links by which the portal reaches a node."""
+        return [self.links[node.mqtt_port], self.links[node.management_port]]
+
+    def start_broker(self) -> Any:
+        """Start the nodes, which serve devices once the portal answers; ``wait_ready`` waits for both."""
+        self.cluster.launch()
+
+    def wait_ready(self) -> None:
+        """Wait until all nodes serve devices, and the portal is ready."""
+        self.cluster.wait()
+        super().wait_ready()
+
+    def stop_broker(self) -> None:
+        """Stop the nodes."""
+        self.cluster.stop()
+        self._stack.close()
