@@ -61,7 +61,8 @@ def _upgrade(tx: Connection, wanted: str) -> None:
 def _noting(tx: Connection, executed: list[tuple[str, Any]]) -> Iterator[None]:
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, many: bool) -> None:
         assert not many
-        if not statement.startswith(("SELECT", "PRAGMA")):
+        reads = statement.startswith("SELECT") or (statement.startswith("PRAGMA") and "=" not in statement)
+        if not reads:
             executed.append((statement, parameters))
 
     sa.event.listen(tx, "before_cursor_execute", note)
