@@ -13,6 +13,7 @@ from broker.control import BrokerControl, Changes, DeviceAccess, Draft, Presence
 from broker.files.control import FilesControl
 from broker.folder import BrokerFolder
 from broker.guard.control import GuardControl
+from broker.guard.elsewhere import GuardElsewhere
 from broker.probe import ACCEPTS_REVOKED, ProbeCertificate, ProbeCertificates, ProbeResult
 from broker.rabbitmq.control import RabbitmqControl
 from config import Settings
@@ -220,6 +221,8 @@ def _control(settings: Settings, clock: Callable[[], datetime]) -> BrokerControl
             return GuardControl(settings, clock)
         case ControlKind.FILES:
             return FilesControl(settings, clock)
+        case ControlKind.NONE:
+            return GuardElsewhere(settings, clock)
         case ControlKind.RABBITMQ:
             return RabbitmqControl(settings, clock)
 

@@ -253,8 +253,9 @@ class Settings(BaseSettings):
     )
     broker_control: Annotated[ControlKind, choice(ControlKind, ControlKind)] = derived(
         lambda data: default_control(data["broker_dir"]),
-        "guard (a plugin in the broker), files (an ACL that it reads at its start) or rabbitmq (a cluster of RabbitMQ);"
-        " if empty guard where the plugin is installed, else as the broker folder says",
+        "guard (a plugin in the broker), files (an ACL that it reads at its start), rabbitmq (a cluster of RabbitMQ) or"
+        " none (no broker beside this portal); if empty guard where the plugin is installed, else as the broker folder"
+        " says",
     )
     mqtt_tls: Annotated[str, choice(("1.2", "1.3"))] = derived(
         lambda data: "1.2" if data["broker_control"].by_journal else "1.3",
@@ -517,6 +518,11 @@ class Settings(BaseSettings):
     def granting_style(self) -> AclStyle:
         """How devices are granted topics: a journal tells of each device, as an ACL in style per-device does."""
         return AclStyle.PER_DEVICE if self.broker_control.by_journal else self.acl_style
+
+    @property
+    def has_broker(self) -> bool:
+        """Whether a broker runs beside the portal; else agents and other nodes tell those that there are."""
+        return self.broker_control is not ControlKind.NONE
 
     @cached_property
     def secrets_dir(self) -> Path:

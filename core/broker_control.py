@@ -22,11 +22,15 @@ class AclStyle(StrEnum):
 
 
 class ControlKind(StrEnum):
-    """What makes the broker enforce the portal's decisions: a plugin in it, files that it reads, or answers to it."""
+    """What makes the broker enforce the portal's decisions: a plugin in it, files that it reads, or answers to it.
+
+    ``none`` if no broker runs beside the portal: those that there are have agents, or other nodes, and the guard.
+    """
 
     GUARD = "guard"
     FILES = "files"
     RABBITMQ = "rabbitmq"
+    NONE = "none"
 
     @property
     def by_journal(self) -> bool:

@@ -244,8 +244,8 @@ def _make_trusted(portal: Portal, name: str, generation: int, say: Callable[[str
     write_ca_file(portal)
     outcome = portal.reconciler.apply_everywhere(generation, timeout=portal.settings.enforce_timeout)
     if not outcome.covers(generation) and (
-        outcome.installed < generation or portal.reconciler.broker_answers()
-    ):  # a broker that is not running reads the files at its start
+        outcome.installed < generation or portal.reconciler.broker_answers() or not portal.settings.has_broker
+    ):  # the portal's broker, if it is not running, reads the files at its start
         raise BrokerUnavailable(
             f"{name} is created and trusted by the portal, but not by the broker yet, so the previous CA keeps issuing."
             f" Correct this, then run the command again: {outcome.problem}"
@@ -320,7 +320,7 @@ def retire(portal: Portal, actor: Actor, name: str, *, alone: bool = False) -> N
 
 def check_broker_certificate(portal: Portal, name: str) -> None:
     """Raise ``StateConflict`` while the running broker shows an older certificate than the one in its folder."""
-    if portal.broker.is_stopped():
+    if not portal.settings.has_broker or portal.broker.is_stopped():
         return  # it reads the newest one at its start
     deadline = time.monotonic() + portal.settings.enforce_timeout
     shown = portal.broker.server_certificate(probe_certificates(portal.settings), deadline)

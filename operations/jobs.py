@@ -57,6 +57,8 @@ CLOCK_TRUSTED_SECONDS = 3600.0
 
 def repair_broker(portal: Portal) -> None:
     """Rewrite damaged files of the broker, and finish what a crash or a stopped broker left undone."""
+    if not portal.settings.has_broker:
+        return
     problems = portal.reconciler.damage()
     state = _state(portal)
     recorded = portal.memory.damage

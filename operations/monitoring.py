@@ -21,7 +21,7 @@ from operations.tenant_readiness import Check, TenantReadiness, crl_problem, key
 from pki.crl import sign_crl
 from pki.keys.contract import check_that_it_signs
 from pki.keys.token_keys import is_in_token
-from store import generations, issuers
+from store import brokers, generations, issuers
 from store import issuers as store_issuers
 from store.counts import counts_of
 from store.database import Database
@@ -30,6 +30,7 @@ from store.tables import DEFAULT_TENANT
 from workflows.authority.issuers import Authority
 from workflows.brokers import BrokerState, states_of
 from workflows.connections import KnownContacts
+from workflows.other_brokers import NONE_COUNTS
 from workflows.reconciliation import Reconciler
 
 log = logging.getLogger("portal.readiness")
@@ -45,7 +46,9 @@ LEAST_FREE_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Checks the database, the space on the disks of its folders, the CA, its token, the CRLs and the broker.
+    """Checks the database, the space on the disks of its folders, the CA, its token, the CRLs and the node's broker.
+
+    A node that has none is ready whatever becomes of those elsewhere, but not while none at all counts.
 
     CAs and CRLs are the first tenant's: those of others keep nobody else from being served.
     """
@@ -73,7 +76,7 @@ class Readiness:
         """Return a check for each broker where there are several; the portal is ready whatever they say."""
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             found = states_of(tx)
-        if len(found) == 1:
+        if len(found) == 1 and self._settings.has_broker:
             return []
         return [Check(f"broker {one.record.name}", f"broker_{one.standing}", one.sentence) for one in found]
 
@@ -121,6 +124,9 @@ class Readiness:
         return " ".join(self._reconciler.damage()) or None
 
     def _broker_problem(self) -> str | None:
+        if not self._settings.has_broker:
+            with self._database.snapshot(sees=ALL_TENANTS) as tx:
+                return None if any(one.counts for one in brokers.list_brokers(tx)) else NONE_COUNTS
         if not self._reconciler.broker_answers():
             return "The broker does not answer on its internal listener; start it, or see its log."
         state = self._reconciler.own_state()
@@ -162,11 +168,12 @@ class Monitoring:
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             stored = [*self._of_tenants(tx, None, now), *self._generations(tx, now), *_of_brokers(states_of(tx), now)]
             issuers = store_issuers.issuer_expiries(tx)
-        up = float(self._reconciler.broker_answers())
+        up = [float(self._reconciler.broker_answers())] if self._settings.has_broker else []
+        text = "1 if the broker beside this node answers on its internal listener, else 0."
         return [
             *stored,
             *self._expiries(issuers, now),
-            _gauge("portal_broker_up", "1 if the broker answers on its internal listener, else 0.", up),
+            *(_gauge("portal_broker_up", text, value) for value in up),
         ]
 
     def gauges_of(self, tenant_id: str) -> list[Gauge]:
@@ -214,7 +221,8 @@ class Monitoring:
 
         settings = self._settings
         responders = [(name, _expiry_of(settings.ocsp_dir / f"{name}.pem")) for name, _, _ in issuers]
-        files = {"portal": settings.tls_dir / "server.pem", "broker": settings.broker_file("server.pem")}
+        files = {"portal": settings.tls_dir / "server.pem"}
+        files |= {"broker": settings.broker_file("server.pem")} if settings.has_broker else {}
         own = [(name, _expiry_of(path)) for name, path in files.items()]
         refused = [(one.server, float(one.refused() is not None)) for one in outside_certificates(settings)]
         crls, cas = [(name, crl) for name, _, crl in issuers], [(name, end) for name, end, _ in issuers]

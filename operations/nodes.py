@@ -7,6 +7,7 @@ import hashlib
 import re
 import secrets
 import socket
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from datetime import datetime, timedelta
 
@@ -18,7 +19,7 @@ from config import Settings
 from core.errors import StartupError, StateConflict
 from core.files import FileLock, folder_number, replace_file
 from core.server_command import server_command
-from core.states import BrokerEngine, BrokerKind
+from core.states import BrokerKind
 from operations import data_folder
 from store import audit, brokers, nodes, schema
 from store.audit import Actor
@@ -130,24 +131,39 @@ def _check_control(settings: Settings) -> None:
     """Raise ``StartupError`` unless the guard proves what the broker enforces: files do so by a certificate that one
     node alone has on the newest CRL."""
     if not settings.broker_control.by_journal:
-        raise StartupError("Several nodes need the guard in their brokers: set PORTAL_BROKER_CONTROL=guard.")
+        raise StartupError(
+            "Several nodes need the guard in their brokers: set PORTAL_BROKER_CONTROL=guard, or none for a node without"
+            " a broker."
+        )
 
 
-def own_broker(tx: Connection, node: NodeRecord | None, engine: BrokerEngine, *, at: datetime) -> BrokerRecord:
+def own_broker(
+    tx: Connection, node: NodeRecord | None, settings: Settings, is_stopped: Callable[[], bool], *, at: datetime
+) -> BrokerRecord | None:
     """Return the broker that a node tells, with what program it is; it counts from now on if it is new.
 
     One that was beside no node that there is now, as before there were nodes and after a restore, is this one's.
+    ``None`` if there is to be none; raises ``StartupError`` if the one that was runs all the same, by ``is_stopped``.
     """
-    node_id = None if node is None else node.id
-    own = brokers.of_node(tx, node_id) or _taken_over(tx, node_id, at) or _added(tx, node, at)
+    node_id, engine = None if node is None else node.id, settings.broker_control.engine
+    own = brokers.of_node(tx, node_id)
+    if not settings.has_broker:
+        _forget_brokers(tx, [*([] if own is None else [own]), *_left(tx)], settings, is_stopped, at=at)
+        return None
+    own = own or _taken_over(tx, node_id, at) or _added(tx, node, at)
     if own.engine is not engine:
         brokers.set_engine(tx, own.id, engine)
     return dataclasses.replace(own, engine=engine)
 
 
-def _taken_over(tx: Connection, node_id: int | None, at: datetime) -> BrokerRecord | None:
+def _left(tx: Connection) -> Sequence[BrokerRecord]:
+    """Return the brokers that were beside nodes which there are no more."""
     known = {record.id for record in nodes.list_nodes(tx)}
-    left = [one for one in brokers.list_brokers(tx) if one.kind is BrokerKind.NODE and one.node_id not in known]
+    return [one for one in brokers.list_brokers(tx) if one.kind is BrokerKind.NODE and one.node_id not in known]
+
+
+def _taken_over(tx: Connection, node_id: int | None, at: datetime) -> BrokerRecord | None:
+    left = _left(tx)
     for another in left[1:]:
         brokers.remove_broker(tx, another, at=at)
     if not left:
@@ -160,6 +176,20 @@ def _added(tx: Connection, node: NodeRecord | None, at: datetime) -> BrokerRecor
     name = brokers.FIRST_NAME if node is None else node.name
     node_id = None if node is None else node.id
     return brokers.add_broker(tx, free_name(tx, name), BrokerKind.NODE, at=at, joined=True, node_id=node_id)
+
+
+def _forget_brokers(
+    tx: Connection, left: Sequence[BrokerRecord], settings: Settings, is_stopped: Callable[[], bool], *, at: datetime
+) -> None:
+    if any(one.applied_at is not None for one in left) and not is_stopped():
+        raise StartupError(
+            f"The broker at {settings.broker_socket} still runs, and would not learn of revocations any more: stop it"
+            " before the portal starts with PORTAL_BROKER_CONTROL=none."
+        )
+    for one in {record.id: record for record in left}.values():
+        brokers.forget_broker(tx, one, at=at)
+        actor = audit.system_actor(DEFAULT_TENANT)
+        audit.record(tx, actor, "broker:remove", f"broker:{one.name}", at=at, because="PORTAL_BROKER_CONTROL=none")
 
 
 def free_name(tx: Connection, name: str) -> str:

@@ -86,7 +86,7 @@ def https_certificate(settings: Settings) -> OutsideCertificate | None:
 
 def broker_certificate(settings: Settings) -> OutsideCertificate | None:
     """Return what PORTAL_BROKER_CERTIFICATE and PORTAL_BROKER_KEY name, ``None`` if they are not set."""
-    if settings.broker_certificate is None or settings.broker_key is None:
+    if not settings.has_broker or settings.broker_certificate is None or settings.broker_key is None:
         return None
     return OutsideCertificate(
         server="broker",

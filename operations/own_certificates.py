@@ -73,15 +73,20 @@ class OwnCertificates:
         another issuer cannot be used, unless ``served``: then the one before goes on.
         """
         settings = self._settings
-        probes = probe_certificates(settings)
         renewed: list[str] = []
         if self._renew_https(served=served):
             renewed.append("portal server certificate")
-        if self._renew_broker(served=served):
-            renewed.append("broker server certificate")
         if self._renew_agents():
             renewed.append("server certificate for agents")
         renewed.extend(self._renew_rabbitmq())
+        if settings.has_broker:
+            renewed += self._renew_for_broker(probe_certificates(settings), served=served)
+        for name in renewed:
+            log.info("issued", extra={"what": name})
+        return renewed
+
+    def _renew_for_broker(self, probes: ProbeCertificates, *, served: bool) -> list[str]:
+        renewed = ["broker server certificate"] if self._renew_broker(served=served) else []
         if self._is_due(probes.good.certificate, probes.good.key):
             self._issue_probe(probes.good, revoked=False)
             renewed.append("good probe certificate")
@@ -90,8 +95,6 @@ class OwnCertificates:
             usable = is_current(probes.revoked.certificate, self._clock())
             self._issue_probe(probes.revoked, revoked=True, served=served and usable)
             renewed.append("revoked probe certificate")
-        for name in renewed:
-            log.info("issued", extra={"what": name})
         return renewed
 
     def take_outside(self) -> None:

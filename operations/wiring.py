@@ -55,7 +55,7 @@ from workflows.connections import KnownContacts
 from workflows.credentials import CredentialIssuer
 from workflows.delivery import Deliveries, KeptAnswers
 from workflows.devices import Inventory
-from workflows.enforcement import Enforcements, SharedAnswer
+from workflows.enforcement import Enforcements
 from workflows.enrolment.approval import Approvals
 from workflows.enrolment.clients import TlsClients
 from workflows.enrolment.credentials import EnrolmentTokens
@@ -245,9 +245,10 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     node = node or nodes.enter(settings, database)  # the first one, which has secrets now
     if database.is_sqlite:  # else another node may record an event after a subscription at this one
         events.watch(database.engine, subscribed)
+    broker, probes = BrokerProvisioning(settings, clock), probe_certificates(settings)
     with database.transaction() as tx:
         tenants.add_tenant(tx, first_tenant, created_at=clock())
-        own_broker = nodes.own_broker(tx, node, settings.broker_control.engine, at=clock())
+        own_broker = nodes.own_broker(tx, node, settings, broker.is_stopped, at=clock())
         check_tenants(settings, tenants.list_tenants(tx))
     audit_logs = open_audit_logs(database, settings, clock)
     keys = open_keys(settings, shared=None if database.is_sqlite else shared_files)
@@ -257,7 +258,7 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
     answers = KeptAnswers(database, pepper, clock)
     webhooks = Webhooks(database, sender, seal, subscribed, settings.webhook_allow, answers, clock)
     webhooks.look_for_any()
-    broker, probes = BrokerProvisioning(settings, clock), probe_certificates(settings)
+    own_id = 0 if own_broker is None else own_broker.id
     return _Foundation(
         settings=settings,
         clock=clock,
@@ -269,8 +270,8 @@ def _lay_foundation(settings: Settings, clock: Callable[[], datetime]) -> _Found
         keys=keys,
         authority=authority,
         broker=broker,
-        reconciler=Reconciler(settings, database, authority, broker, probes, clock, first_tenant, own_broker.id),
-        own_broker_id=own_broker.id,
+        reconciler=Reconciler(settings, database, authority, broker, probes, clock, first_tenant, own_id),
+        own_broker_id=own_id,
         link_keys=link_keys,
         pepper=pepper,
         sender=sender,
@@ -357,7 +358,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         bulk=_bulk(base, shared),
         deliveries=Deliveries(settings, database, tenant_terms, reconciler, shared.bundles, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
-        enforcements=Enforcements(database, reconciler.steps, SharedAnswer(reconciler.broker_answers)),
+        enforcements=Enforcements(database, reconciler.steps, reconciler.why_pending),
         renewals=Renewals(
             settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, clock
         ),
@@ -382,7 +383,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         audit_logs=base.audit_logs,
         webhooks=base.webhooks,
         dispatcher=Dispatcher(database, tenant_terms, base.sender, shared.rates, clock),
-        mail=Mail(settings, database, reconciler.broker_answers, clock, first_tenant),
+        mail=Mail(settings, database, reconciler.is_broker_well, clock, first_tenant),
         responder=_responder(base),
         readiness=Readiness(settings, database, authority, reconciler, clock),
         tenant_readiness=(tenant_readiness := TenantReadiness(database, authority, clock)),
@@ -458,7 +459,8 @@ def prepare(portal: Portal) -> None:
     with FileLock(settings.data_dir / ".setup.lock").hold():
         for folder in (settings.data_dir, *data_folder.own_folders(settings), settings.broker_dir):
             remove_leftovers(folder)
-        portal.broker.files.password()  # created, with its file for the broker, if it is missing
+        if settings.has_broker:
+            portal.broker.files.password()  # created, with its file for the broker, if it is missing
         _renew_own_certificates(portal)
         portal.responder.certificates.renew()
         portal.clients.write_authorities()
@@ -475,7 +477,8 @@ def _renew_own_certificates(portal: Portal) -> None:
     try:
         portal.own_certificates.renew()
     except TokenUnavailable as error:
-        needed = portal.settings.tls_dir / "server.pem", portal.settings.broker_file(SERVER_CERTIFICATE_FILE)
+        needed = [portal.settings.tls_dir / "server.pem"]
+        needed += [portal.settings.broker_file(SERVER_CERTIFICATE_FILE)] if portal.settings.has_broker else []
         if not all(path.exists() for path in needed):
             raise
         log.error("the portal's own certificates are not renewed", extra={"problem": error.detail})

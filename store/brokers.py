@@ -134,6 +134,11 @@ def join(tx: Connection, broker_id: int, *, at: datetime) -> None:
 def remove_broker(tx: Connection, record: BrokerRecord, *, at: datetime) -> None:
     """Forget a broker; raises ``StateConflict`` if it is the last one that counts."""
     _check_not_last(tx, record)
+    forget_broker(tx, record, at=at)
+
+
+def forget_broker(tx: Connection, record: BrokerRecord, *, at: datetime) -> None:
+    """Forget a broker that runs no more, even the last one: nothing is enforced then until another one has joined."""
     tx.execute(sa.delete(Broker).where(Broker.id == record.id))
     _count_again(tx, at)
 
@@ -184,6 +189,13 @@ def own_state(tx: Connection, broker_id: int) -> BrokerStateRecord:
 def behind(tx: Connection, generation: int) -> Sequence[str]:
     """Return the names of the brokers that count and were not seen to enforce a generation, the last one first."""
     return tx.execute(_BEHIND, {"generation": generation}).scalars().all()
+
+
+def newest_applied(tx: Connection) -> int:
+    """Return the newest generation that any broker which counts was seen to enforce, 0 if none counts."""
+    return int(
+        tx.execute(sa.select(sa.func.coalesce(sa.func.max(Broker.applied_generation), 0)).where(*_COUNTS)).scalar_one()
+    )
 
 
 _SET_APPLIED = (

@@ -208,7 +208,7 @@ class Enforcements:
 
     _database: Database
     _file: StepsFile
-    _broker_answers: Callable[[], bool]
+    _why_pending: Callable[[int], str | None]
 
     def of(self, tenant_id: str, device_id: str) -> Enforcement | None:
         """Return how a revoked or suspended device is kept out, ``None`` for others; raises ``DeviceNotFound``."""
@@ -223,10 +223,10 @@ class Enforcements:
         is_enforced = device.generation <= state.applied_generation
         if newest is None or _CHANGES.get(newest.action) is not device.status:  # its topics have changed since
             recorded = device.revoked_at or device.updated_at
-            problem = None if is_enforced else self._problem(())
+            problem = None if is_enforced else self._why_pending(device.generation)
             return Enforcement(device=device, recorded_at=recorded, proven={}, is_enforced=is_enforced, problem=problem)
         attempts = [one for one in self._file.read(device.generation) if one.at >= newest.at]
-        found = self._taking_hold(newest.at, attempts, is_enforced=is_enforced)
+        found = self._taking_hold(newest.at, device.generation, attempts, is_enforced=is_enforced)
         return Enforcement(
             device=device,
             recorded_at=newest.at,
@@ -244,24 +244,22 @@ class Enforcements:
         """Return how far all changes up to a generation have taken hold; as recorded counts when it was first tried."""
         is_enforced = generation <= self.applied_generation()
         attempts = self._file.read(generation)
-        return self._taking_hold(attempts[0].at if attempts else now, attempts, is_enforced=is_enforced)
+        recorded_at = attempts[0].at if attempts else now
+        return self._taking_hold(recorded_at, generation, attempts, is_enforced=is_enforced)
 
-    def _taking_hold(self, recorded_at: datetime, attempts: Sequence[Attempt], *, is_enforced: bool) -> TakingHold:
+    def _taking_hold(
+        self, recorded_at: datetime, generation: int, attempts: Sequence[Attempt], *, is_enforced: bool
+    ) -> TakingHold:
         proven: dict[Step, datetime] = {}
         for attempt in attempts:
             for step, at in attempt.proven.items():
                 proven.setdefault(step, at)
         if not is_enforced:  # what is recorded has the last word
             proven.pop(Step.ENFORCED, None)
-        problem = None if is_enforced else self._problem(attempts)
+        problem = attempts[-1].problem if attempts and not is_enforced else None
+        if not is_enforced and not problem:
+            problem = self._why_pending(generation)
         return TakingHold(recorded_at=recorded_at, proven=proven, is_enforced=is_enforced, problem=problem)
-
-    def _problem(self, attempts: Sequence[Attempt]) -> str | None:
-        if attempts and attempts[-1].problem:
-            return attempts[-1].problem
-        if not self._broker_answers():
-            return "The broker does not answer on its internal listener."
-        return None
 
 
 def _is_told(entry: audit.AuditRecord) -> bool:

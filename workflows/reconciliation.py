@@ -1,4 +1,7 @@
-"""Brings this node's broker to the newest generation: one reconciliation for all requests that wait."""
+"""Brings this node's broker to the newest generation: one reconciliation for all requests that wait.
+
+A node without a broker of its own waits for those that agents and other nodes tell.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,14 @@ from store import brokers, devices, generations
 from store.database import Database
 from store.generations import BrokerStateRecord
 from store.issuers import CrlRecord
-from store.listening import hurry
 from store.scope import ALL_TENANTS
 from workflows import events
 from workflows.access import BrokerTenants, complete_draft
 from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
-from workflows.enforcement import STEPS_FILE, Progress, StepsFile, note_applied
+from workflows.enforcement import STEPS_FILE, Progress, SharedAnswer, StepsFile, note_applied
 from workflows.events import EventType
+from workflows.other_brokers import OtherBrokers
 from workflows.prompt import Outcome, PromptAnswers
 
 log = logging.getLogger("portal.reconciliation")
@@ -45,15 +48,7 @@ log = logging.getLogger("portal.reconciliation")
 INTERVAL_SECONDS = 0.4
 PROBLEM_REPEATED_SECONDS = 60.0
 AFTER_FAILURE_SECONDS = 1.0
-# How often a request looks whether other brokers have reported, where no process tells this one: at first, and later.
-FIRST_LOOK_SECONDS, LOOK_SECONDS = 0.005, 0.1
 MAX_AHEAD = 3  # reconciliations of others, at their longest, that a request waits for before its own
-
-
-def pending_at(names: Sequence[str]) -> str:
-    """Return a sentence that names the brokers which were not seen to enforce something."""
-    shown = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    return f"{shown} {'was' if len(names) == 1 else 'were'} not seen to enforce it yet."
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +95,10 @@ class Reconciler:
         first_tenant: str,
         broker_id: int,
     ) -> None:
+        """Take the id of this node's broker, 0 if it has none."""
         self._settings = settings
         self._database = database
-        self._broker_id = broker_id
+        self._broker_id, self._has_broker = broker_id, broker_id != 0
         self._authority = authority
         self._broker = broker
         self._probe_certificates = probe_certificates
@@ -121,7 +117,9 @@ class Reconciler:
         self._hurried = threading.Event()
         self._last_problem = ("", 0.0)
         self._announced: set[str] = set()
-        self._heard = threading.Condition()
+        self._answers = SharedAnswer(self.broker_answers)
+        self._others = OtherBrokers(database)
+        self.heard_of_another = self._others.heard_of
         self._prompt = PromptAnswers(lambda generation: self.apply_everywhere(generation))
 
     # --- What others ask for
@@ -130,7 +128,7 @@ class Reconciler:
         """Return once the broker enforces ``generation``, or once a reconciliation begun after this call has failed to.
 
         All requests that wait share one, whichever thread or process runs it. Never raises because of the broker: the
-        outcome says what is wrong.
+        outcome says what is wrong. If this node has no broker, it is about the first one elsewhere.
         """
         if self._last[1].covers(generation):
             return self._last[1]
@@ -141,6 +139,8 @@ class Reconciler:
             timeout = self._settings.enforce_timeout
             if self._is_failing():
                 timeout = min(timeout, AFTER_FAILURE_SECONDS)
+        if not self._has_broker:
+            return self._first_elsewhere(generation, time.monotonic() + timeout)
         try:
             with self._lock.hold(MAX_AHEAD * timeout):
                 number, outcome = self._last
@@ -168,31 +168,21 @@ class Reconciler:
         As ``apply``; then the outcome names those that were not seen to enforce it.
         """
         deadline = time.monotonic() + (self._settings.enforce_timeout if timeout is None else timeout)
-        outcome = self.apply(generation, timeout=timeout)
-        pause, has_asked = FIRST_LOOK_SECONDS, self._database.is_sqlite
-        while outcome.covers(generation):
-            with self._heard:
-                # Read anew: a broker may have come back since the last reconciliation.
-                if not (behind := self._behind(generation)):
-                    return outcome
-                if (left := deadline - time.monotonic()) <= 0:
-                    return self._pending_elsewhere(outcome, pending_at(behind))
-                if has_asked:
-                    self._heard.wait(min(pause, left))
-            if not has_asked:
-                hurry(self._database)
-                has_asked = True
-            pause = min(2 * pause, LOOK_SECONDS)
+        if not self._has_broker:
+            give_up_share()
+            outcome = Outcome(generation, generation)
+        else:
+            outcome = self.apply(generation, timeout=timeout)
+        if outcome.covers(generation) and (problem := self._others.wait_for_all(generation, deadline)) is not None:
+            return self._pending_elsewhere(outcome, problem)
         return outcome
 
-    def heard_of_another(self) -> None:
-        """Have those look again who wait for other brokers, of which one has reported."""
-        with self._heard:
-            self._heard.notify_all()
-
-    def _behind(self, generation: int) -> Sequence[str]:
-        with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            return brokers.behind(tx, generation)
+    def _first_elsewhere(self, generation: int, deadline: float) -> Outcome:
+        """Return once the first broker elsewhere enforces a generation: this node has none."""
+        problem = self._others.wait_for_one(generation, deadline)
+        outcome = Outcome(generation, generation if problem is None else self._others.newest_enforced(), problem)
+        self._last = (0, outcome)
+        return outcome
 
     def _pending_elsewhere(self, outcome: Outcome, problem: str) -> Outcome:
         """Return what is true of all brokers, after an event for each device that not all keep out yet."""
@@ -265,6 +255,8 @@ class Reconciler:
 
     def install(self) -> Outcome:
         """Write the files of the newest generation without telling the broker, which may not run yet."""
+        if not self._has_broker:
+            return self._sign_for_others()
         with self._lock.hold():
             try:
                 target = self._prepare(with_crls=True)
@@ -282,6 +274,16 @@ class Reconciler:
             self._install(target)
             return Outcome(target.state.generation, target.state.applied_generation)
 
+    def _sign_for_others(self) -> Outcome:
+        """Sign the CRLs that are due, which agents and others read from the database."""
+        try:
+            self.crls.sign_put_off()
+        except TokenUnavailable as error:
+            log.error("the CRLs are not signed", extra={"problem": error.detail})
+            self.crls.wake()
+        state = self.own_state()
+        return Outcome(state.generation, state.applied_generation)
+
     def _announce_restart(self, reason: RestartReason, *, by_portal: bool) -> None:
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             kind, now = EventType.BROKER_RESTART, self._clock()
@@ -294,12 +296,14 @@ class Reconciler:
             return None  # it reads all at its start
 
     def applied_generation(self) -> int:
-        """Return the newest generation that the broker was seen to enforce, by any process."""
+        """Return the newest generation that the broker was seen to enforce, by any process; else one elsewhere."""
+        if not self._has_broker:
+            return self._others.newest_enforced()
         return self.own_state().applied_generation
 
     def damage(self) -> list[str]:
         """Return what is wrong with the broker's files, a sentence each; checked again if they may be being written."""
-        if not self._damage():
+        if not self._has_broker or not self._damage():
             return []
         try:
             with self._lock.hold(self._settings.enforce_timeout), self.crls.lock.hold(self._settings.enforce_timeout):
@@ -315,8 +319,18 @@ class Reconciler:
         return problems
 
     def broker_answers(self) -> bool:
-        """Return whether the broker runs and answers on its internal listener."""
+        """Return whether the node's broker runs and answers on its internal listener."""
         return self._broker.reachable()
+
+    def is_broker_well(self) -> bool:
+        """Return whether nothing is to be said of the node's broker: it answers, or there is none."""
+        return not self._has_broker or self._broker.reachable()
+
+    def why_pending(self, generation: int) -> str | None:
+        """Return a sentence about the brokers that were not seen to enforce a generation, if one can be said."""
+        if self._has_broker and not self._answers():
+            return "The broker does not answer on its internal listener."
+        return self._others.problem(generation)
 
     def probe_problem(self) -> str | None:
         """Return why the broker failed the last probe, whichever process made it; ``None`` if it did not."""
@@ -332,13 +346,15 @@ class Reconciler:
         With ``at_once`` it keeps no distance to the one before: a request at another node waits for it.
         """
         state = self.own_state()
-        if state.applied_generation < state.generation:
+        if state.applied_generation < state.generation and self._has_broker:
             self.wake()
             if at_once:
                 self._hurried.set()
 
     def run_requested(self, stopping: threading.Event) -> None:
         """Run the reconciliations that ``wake`` asks for until ``stopping`` is set; the body of a thread."""
+        if not self._has_broker:
+            return
         interval, ended = 0.0, time.monotonic()
         while not stopping.is_set():
             if not self._woken.wait(timeout=1.0):
@@ -375,8 +391,13 @@ class Reconciler:
             return devices.count_active(tx)
 
     def own_state(self) -> BrokerStateRecord:
-        """Return the newest generation, and the one that this node's broker was seen to enforce, by any process."""
+        """Return the newest generation, and the one that this node's broker was seen to enforce, by any process.
+
+        If the node has none: the one that all brokers enforce which count.
+        """
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            if not self._has_broker:
+                return generations.get_broker_state(tx)
             return brokers.own_state(tx, self._broker_id)
 
     def _reconcile(self, timeout: float, enforced: int) -> Outcome:

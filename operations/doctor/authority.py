@@ -69,7 +69,9 @@ def ca_chain(installation: Installation) -> Finding:
                 f"Set the clock, or create a new CA: {server_command('ca rollover')}.",
             )
     expected = set(trusted_certificates(issuers))
-    for path in (installation.settings.data_dir / "ca.pem", installation.settings.broker_file(CA_FILE)):
+    settings = installation.settings
+    paths = [settings.data_dir / "ca.pem", *([settings.broker_file(CA_FILE)] if settings.has_broker else [])]
+    for path in paths:
         try:
             there = set(x509.load_pem_x509_certificates(path.read_bytes()))
         except (OSError, ValueError):
@@ -94,7 +96,8 @@ def _verifies(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 def crl(installation: Installation) -> Finding:
     """Check that each CRL is renewed in time, and the same in the database and the broker's folder."""
     found = _settled(lambda: _crl(installation))
-    return combine(found, "Every CRL is current, and the same in the database and in the broker's folder.")
+    same = ", and the same in the database and in the broker's folder" if installation.settings.has_broker else ""
+    return combine(found, f"Every CRL is current{same}.")
 
 
 def _settled(look: Callable[[], list[Finding]]) -> list[Finding]:
@@ -107,13 +110,14 @@ def _settled(look: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def _crl(installation: Installation) -> list[Finding]:
-    now, path = installation.clock(), installation.settings.broker_file(CRL_FILE)
+    now, settings = installation.clock(), installation.settings
+    path, has_broker = settings.broker_file(CRL_FILE), settings.has_broker
     found = Findings()
     with installation.snapshot() as tx:
         newest = {issuer.name: store_issuers.get_crl(tx, issuer.id) for issuer in store_issuers.list_issuers(tx)}
         kinds = {issuer.name: issuer.kind for issuer in store_issuers.list_issuers(tx)}
     try:
-        in_folder = {item.der for item in read_crls(path.read_bytes())}
+        in_folder = {item.der for item in read_crls(path.read_bytes())} if has_broker else set()
     except (OSError, PortalError) as error:
         said = error.detail if isinstance(error, PortalError) else f"{path} cannot be read: {error.strerror}."
         return [problem(said, "Start the portal, which writes it, then restart the broker.")]
@@ -122,7 +126,8 @@ def _crl(installation: Installation) -> list[Finding]:
             found.problem(f"{name} has no CRL.", "Start the portal, which signs one.")
             continue
         found += _freshness(name, kinds[name], record, now)
-        if kinds[name] == IssuerKind.ISSUING and record.der not in in_folder and not _follows(installation, record):
+        is_missing = has_broker and kinds[name] == IssuerKind.ISSUING and record.der not in in_folder
+        if is_missing and not _follows(installation, record):
             found.problem(
                 f"{path} does not contain the newest CRL of {name}, number {record.number}.", "Start the portal."
             )
@@ -281,12 +286,16 @@ def expiry(installation: Installation) -> Finding:
     for issuer in installation.issuers():
         found += _ca_expiry(issuer, now)
     settings, probes = installation.settings, installation.probe_certificates
-    own = {
-        "The portal's certificate": settings.tls_dir / "server.pem",
-        "The broker's certificate": settings.broker_file(SERVER_CERTIFICATE_FILE),
-        "The good probe certificate": probes.good.certificate,
-        "The revoked probe certificate": probes.revoked.certificate,
-    }
+    own = {"The portal's certificate": settings.tls_dir / "server.pem"}
+    own |= (
+        {}
+        if not settings.has_broker
+        else {
+            "The broker's certificate": settings.broker_file(SERVER_CERTIFICATE_FILE),
+            "The good probe certificate": probes.good.certificate,
+            "The revoked probe certificate": probes.revoked.certificate,
+        }
+    )
     outside = [path for one in outside_certificates(settings) for path in one.installed]
     for what, path in own.items():
         found += _own_expiry(what, path, now, by_portal=path not in outside)

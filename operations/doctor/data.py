@@ -31,6 +31,7 @@ from store.names import living_names
 from store.tables import Delivery
 from workflows.audit import KEY_FOLDER, problem_of
 from workflows.credentials import own_names
+from workflows.other_brokers import NONE_COUNTS
 from workflows.profiles import list_profiles
 
 LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
@@ -206,11 +207,14 @@ def generation(installation: Installation) -> Finding:
             state, behind = generations.get_broker_state(tx), brokers.behind(tx, wanted)
             several = len(brokers.list_brokers(tx)) > 1
         if state.applied_generation >= wanted:
-            return well(f"The broker enforces generation {state.applied_generation}.")
+            who = "The broker enforces" if installation.settings.has_broker else "The brokers elsewhere enforce"
+            return well(f"{who} generation {state.applied_generation}.")
         if time.monotonic() >= deadline:
             break
         time.sleep(0.1)
-    if several:
+    if not behind:
+        return problem(NONE_COUNTS, "docs/how-to/edge.md says how an agent joins.")
+    if several or not installation.settings.has_broker:
         return problem(
             f"Generation {wanted} is not enforced yet at {', '.join(behind)}: revocations made since"
             f" {state.applied_generation} are not in force there.",

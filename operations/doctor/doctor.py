@@ -74,6 +74,9 @@ CHECKS: tuple[tuple[str, Check], ...] = (
 
 _OF_RABBITMQ = frozenset(("RabbitMQ nodes", "RabbitMQ answers"))
 _OF_MOSQUITTO = frozenset(("broker", "broker version", "broker service", "broker configuration"))
+# Of the broker beside the portal, if there is one.
+OF_BROKER = frozenset(("broker address", "broker certificate", "broker files", "ACL entries", "CRL entries"))
+OF_BROKER |= _OF_MOSQUITTO | _OF_RABBITMQ | {"probe certificates"}
 
 
 def examine(
@@ -92,6 +95,7 @@ def examine(
     told: set[str] = set()
     try:
         of_another = _OF_MOSQUITTO if settings.broker_control is ControlKind.RABBITMQ else _OF_RABBITMQ
+        of_another = of_another if settings.has_broker else OF_BROKER
         for name, check in [named for named in checks if named[0] not in of_another]:
             finding = dataclasses.replace(_result(check, installation), name=name)
             cause = finding.detail.removeprefix(UNMADE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,16 +12,23 @@ from pathlib import Path
 import pytest
 
 from config import Settings
-from core.errors import DatabaseInUse, NotFound, StartupError, StateConflict
+from core.broker_control import ControlKind
+from core.errors import DatabaseInUse, NotFound, PortalRunning, StartupError, StateConflict, TooManyUploads
 from core.states import BrokerEngine
-from operations import nodes
+from core.tenants import Quotas
+from operations import authority, jobs, leadership, nodes
+from operations.backup.backup import back_up
+from operations.backup.restore import restore
+from operations.leadership import leadership_of
 from operations.wiring import Portal, open_portal, prepare, utc_now
 from pki.algorithms import KeyType
-from store import audit, brokers
+from store import audit, brokers, tenants
 from store import nodes as store_nodes
 from store.scope import ALL_TENANTS
 from tests.support.databases import POSTGRES_URL, postgres_database
+from tests.support.deployment import wait_until
 from tests.support.harness import derived_quickly, settings_for
+from tests.support.tenants import add_tenant
 from workflows import shared_files
 
 pytestmark = pytest.mark.skipif(not POSTGRES_URL, reason="needs PostgreSQL")
@@ -227,6 +235,12 @@ def test_a_node_is_removed_once_it_works_no_more_and_is_refused_then(tmp_path: P
         joined = nodes.join(second, code_of(portal), "second", now=utc_now())
         with running(second), pytest.raises(StateConflict, match="stop it first"):
             nodes.remove(portal.database, ACTOR, joined.name, now=utc_now())
+
+        def works() -> bool:  # PostgreSQL ends sessions when it finds that their clients have
+            with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+                return store_nodes.works(tx, joined)
+
+        wait_until(lambda: not works())
         nodes.remove(portal.database, ACTOR, joined.name, now=utc_now())
         with pytest.raises(NotFound):
             nodes.remove(portal.database, ACTOR, joined.name, now=utc_now())
@@ -263,9 +277,11 @@ def test_each_node_has_a_broker_that_counts_from_its_first_start(tmp_path: Path,
 
 def test_what_program_the_broker_is_follows_from_its_control(tmp_path: Path) -> None:
     with running(settings_for(tmp_path / "one", PORTAL_BROKER_CONTROL="guard")) as portal:
-        for engine in (BrokerEngine.RABBITMQ, BrokerEngine.MOSQUITTO):
+        for control, engine in (("rabbitmq", BrokerEngine.RABBITMQ), ("guard", BrokerEngine.MOSQUITTO)):
+            settings = portal.settings.model_copy(update={"broker_control": ControlKind(control)})
             with portal.database.transaction(sees=ALL_TENANTS) as tx:
-                own = nodes.own_broker(tx, None, engine, at=utc_now())
+                own = nodes.own_broker(tx, None, settings, lambda: True, at=utc_now())
+                assert own is not None
                 assert brokers.list_brokers(tx) == [own]
             assert own.engine is engine
 
@@ -276,3 +292,81 @@ def test_on_sqlite_there_is_nothing_to_join(tmp_path: Path) -> None:
         nodes.join(settings, "A" * 43, "", now=utc_now())
     with derived_quickly(), running(settings) as portal, pytest.raises(StartupError, match="need PostgreSQL"):
         code_of(portal)
+
+
+# --- What waits until no other node works ----------------------------------------------------------------------------
+
+
+def test_a_restore_is_refused_while_another_node_works(tmp_path: Path, url: str) -> None:
+    first, second, now = node(tmp_path, url, "first"), node(tmp_path, url, "second"), utc_now()
+    with running(first) as portal:
+        prepare(portal)
+        nodes.join(second, code_of(portal), "", now=now)
+        back_up(first, tmp_path / "backup", now=now)
+    with running(second), pytest.raises(PortalRunning, match="Other nodes of the portal work"):
+        restore(first, tmp_path / "backup", replace=True, keep_links=False, now=now)
+
+
+def test_tables_are_not_changed_while_another_node_works_with_them(tmp_path: Path, url: str) -> None:
+    first, second = node(tmp_path, url, "first"), node(tmp_path, url, "second")
+    with running(first) as portal:
+        nodes.join(second, code_of(portal), "", now=utc_now())
+        with running(second) as other:
+            with portal.database.transaction(sees=ALL_TENANTS) as tx:
+                tx.exec_driver_sql("UPDATE alembic_version SET version_num = '0040'")
+            with pytest.raises(StartupError, match="Other nodes work with an older version"):
+                other.database.migrate()
+
+
+def test_a_root_waits_for_the_nodes_that_may_still_show_certificates_below_it(tmp_path: Path, url: str) -> None:
+    first, second = node(tmp_path, url, "first"), node(tmp_path, url, "second")
+    with running(first) as portal:
+        prepare(portal)
+        nodes.join(second, code_of(portal), "second", now=utc_now())
+        with pytest.raises(StateConflict, match="nodes second may still show"):
+            authority._check_other_nodes(portal, "issuing-1")
+        with running(second) as other:
+            prepare(other)
+            jobs.show_node(other)
+        authority._check_other_nodes(portal, "issuing-1")
+
+
+def test_another_node_stands_in_for_a_leader_that_is_silent_and_for_no_other(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = node(tmp_path, url, "first"), node(tmp_path, url, "second")
+    monkeypatch.setattr(leadership, "PATIENCE_SECONDS", 0.0)
+    with running(first) as portal:
+        nodes.join(second, code_of(portal), "", now=utc_now())
+        with running(second) as other:
+            seen = [
+                leadership_of(one.database, one.settings.data_dir, ".installation.lock", of_all=True)
+                for one in (portal, other)
+            ]
+            with seen[0].try_lead() as leads, seen[1].try_lead() as leads_too:
+                assert (leads, leads_too) == (True, False)
+                assert not seen[1].is_silent()  # it has just begun
+                assert seen[0].goes_on()
+                assert not seen[1].is_silent()
+                monkeypatch.setattr(leadership, "SILENT_SECONDS", 0.0)
+                assert seen[1].is_silent()
+                with seen[1].try_stand_in() as stands_in, seen[0].try_stand_in() as stands_in_too:
+                    assert (stands_in, stands_in_too) == (True, False)
+            with seen[1].try_lead() as leads:
+                assert leads
+
+
+def test_a_quota_of_uploads_is_of_all_nodes_together(tmp_path: Path, url: str) -> None:
+    first, second = node(tmp_path, url, "first"), node(tmp_path, url, "second")
+    with running(first) as portal:
+        nodes.join(second, code_of(portal), "", now=utc_now())
+        add_tenant(portal, "acme")
+        with portal.database.transaction(sees=ALL_TENANTS) as tx:
+            record = tenants.get_tenant(tx, "acme")
+            tenants.update_tenant(tx, dataclasses.replace(record, quotas=Quotas(bulk_uploads=1)))
+        portal.tenant_terms.refresh()
+        with running(second) as other:
+            with portal.bulk.place("acme"), pytest.raises(TooManyUploads), other.bulk.place("acme"):
+                pass
+            with other.bulk.place("acme"):
+                pass

@@ -83,7 +83,8 @@ class Deployment:
     def __enter__(self) -> Self:
         try:
             self.make_data_folder()
-            self.start_broker()
+            if self.environment["PORTAL_BROKER_CONTROL"] != "none":
+                self.start_broker()
             self.start_portal()
         except BaseException:
             if self.log.exists():

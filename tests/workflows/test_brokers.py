@@ -66,13 +66,13 @@ def test_a_revocation_is_pending_while_another_broker_lacks_it_which_the_answer_
 
 def test_it_is_enforced_as_soon_as_the_last_one_has_reported(portal_of_two: Portal) -> None:
     device_id = device_of(portal_of_two)
-    looked, behind = threading.Event(), portal_of_two.reconciler._behind
+    looked, wait = threading.Event(), portal_of_two.reconciler._others._heard.wait
 
-    def look(generation: int) -> object:
+    def look(timeout: float | None = None) -> bool:
         looked.set()
-        return behind(generation)
+        return wait(timeout)
 
-    portal_of_two.reconciler._behind = look  # type: ignore[method-assign, assignment]
+    portal_of_two.reconciler._others._heard.wait = look  # type: ignore[method-assign]
     found = []
     thread = threading.Thread(
         target=lambda: found.append(portal_of_two.revocations.revoke(OPERATOR, device_id, "unspecified").enforced)
