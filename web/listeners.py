@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import functools
@@ -13,7 +14,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,18 @@ CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"  # of TLS 1.2; those of TLS 1.3 are all 
 # X509_V_FLAG_NO_CHECK_TIME of OpenSSL: the application tells a client with an expired certificate so in a sentence.
 NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
 CLIENT_CHECKS = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
+
+# Of socket(7), without a name in Python; the filter is a program of instructions of 8 bytes each (linux/filter.h).
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
+_NO_SYN = array.array(
+    "B",
+    struct.pack("HBBI", 0x30, 0, 0, 13)  # load the byte of the TCP header that has the flags
+    + struct.pack("HBBI", 0x54, 0, 0, 0x12)  # of them SYN and ACK
+    + struct.pack("HBBI", 0x15, 0, 1, 0x02)  # if that is SYN alone
+    + struct.pack("HBBI", 0x06, 0, 0, 0)  # drop the packet
+    + struct.pack("HBBI", 0x06, 0, 0, 0xFFFF),  # else pass it on
+)
+HANDSHAKE_SECONDS = 0.2  # in which a TCP handshake that has begun is over, unless the client is far away
 
 _END = b"-----END CERTIFICATE-----"
 
@@ -79,6 +92,35 @@ def listen(address: Address, variable: str, timeout: float, workers: int) -> lis
             raise StartupError(_why_not(error, address, variable)) from None
         opened.pop_all()
     return listeners
+
+
+def stop_listening(listeners: Sequence[socket.socket], accept: Callable[[socket.socket], object]) -> None:
+    """Accept what has begun to connect, and close; whoever comes later is refused, by this machine's kernel.
+
+    A connection that is closed before it was accepted is lost to a load balancer, which takes one that is refused to
+    another node. So the packets that begin one are dropped first, by a filter in the kernel, and handshakes under way
+    have ``HANDSHAKE_SECONDS``. ``accept`` takes one connection of a listener that has one, and must not block.
+    """
+    for listener in listeners:
+        if listener.family != socket.AF_UNIX:
+            program = struct.pack("HP", len(_NO_SYN) // 8, _NO_SYN.buffer_info()[0])
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
+    waits: Sequence[socket.socket] = ()
+    with contextlib.suppress(OSError):  # as without a file descriptor left
+        while waits or time.monotonic() < deadline:
+            waits, _, _ = select.select(listeners, [], [], max(0.0, deadline - time.monotonic()))
+            for listener in waits:
+                accept(listener)
+    for listener in listeners:
+        listener.close()
+
+
+def listen_again(listener: socket.socket) -> None:
+    """Undo what ``stop_listening`` has done to a socket that another process goes on with."""
+    with contextlib.suppress(OSError):  # it has no filter
+        listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+    listener.listen(BACKLOG)
 
 
 def _made(family: socket.AddressFamily, kind: socket.SocketKind, timeout: float) -> socket.socket:

@@ -23,11 +23,12 @@ from typing import Any, Literal, NoReturn
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
+from gunicorn.workers.gthread import ThreadWorker
 
 from config import Settings
 from core.errors import PortalError, StartupError
 from core.setting_values import Address
-from web.listeners import BACKLOG, RequestBody, ServerTls, allow_open_files, listen
+from web.listeners import RequestBody, ServerTls, allow_open_files, listen, listen_again, stop_listening
 from web.slow_clients import MAX_LINGERING, Lingering, SlowClients
 
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops
@@ -204,6 +205,27 @@ class _Log(Logger):
         self.error_log.setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
 
 
+class _Worker(ThreadWorker):
+    """gunicorn's, which else lets the kernel take connections while it stops, and resets them, and miscounts them."""
+
+    nr_conns: int
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Also take what waits before it listens no more."""
+        super().set_accept_enabled(enabled)
+        if not enabled and not self.alive:
+            stop_listening(self.sockets, self.accept)
+
+    def finish_request(self, conn: Any, fs: Any) -> None:
+        """Count a connection once that has ended, also if it could not be closed, as after a failed handshake.
+
+        Else their number is too small: a worker that stops does not wait for all requests, and accepts too many before.
+        """
+        before = self.nr_conns
+        super().finish_request(conn, fs)
+        self.nr_conns = max(self.nr_conns, before - 1)
+
+
 class _Gunicorn(BaseApplication):
     """One gunicorn on one listener; ``link`` connects it with the process of the other."""
 
@@ -233,7 +255,7 @@ class _Gunicorn(BaseApplication):
         """Set everything that gunicorn would else take from its environment, or that trusts a header of a client."""
         options: dict[str, Any] = {
             "bind": [f"fd://{bound.detach()}" for bound in self._bound],
-            "worker_class": "gthread",
+            "worker_class": _Worker,
             "preload_app": True,
             "workers": self._settings.workers,
             "threads": self._settings.threads,
@@ -376,8 +398,8 @@ class _Gunicorn(BaseApplication):
         self._worker = worker
         own = worker.sockets[0] if len(self._bound) > 1 else None
         self._start.work(self._app, self._listener, own)
-        if own is not None:
-            own.listen(BACKLOG)  # which it does already, unless the worker before could not start
+        for listener in worker.sockets:
+            listen_again(listener)  # as it does already, unless the worker before was told to end, or could not start
 
     def _pre_request(self, _worker: Any, request: Any) -> None:
         """In a thread that is about to answer a request."""

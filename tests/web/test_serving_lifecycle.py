@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import ssl
+import struct
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -137,7 +139,7 @@ def test_a_request_in_flight_is_answered_when_the_server_stops(
         assert server.process.stdout is not None
         assert server.process.stdout.readline() == "waiting\n"
         (os.killpg if group else os.kill)(server.process.pid, number)
-        time.sleep(0.5)  # so that the server is stopping
+        assert refuses(server.port)  # which a load balancer notices: it is not accepted and then forgotten
         fifo.write_bytes(b"go on")
         answer = response(client)
         assert answer.status == 200
@@ -145,6 +147,38 @@ def test_a_request_in_flight_is_answered_when_the_server_stops(
         client.close()
         assert is_closed(idle)
         assert server.process.wait(PATIENCE) == 0
+
+
+def test_clients_that_were_gone_before_their_handshake_take_no_time_from_a_request_in_flight(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with running(threads=3) as server, server.tls() as client:
+        worker = children(server.process.pid)[1]
+        os.kill(worker, signal.SIGSTOP)
+        for _ in range(3):
+            with server.tcp() as gone:
+                gone.sendall(b"hello")
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets it
+        os.kill(worker, signal.SIGCONT)
+        client.sendall(request(f"/wait?{fifo}"))
+        assert server.process.stdout is not None
+        assert server.process.stdout.readline() == "waiting\n"
+        server.process.terminate()
+        assert refuses(server.port)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(1)
+        fifo.write_bytes(b"go on")
+        assert response(client).status == 200
+
+
+def refuses(port: int) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE).close()
+        except ConnectionRefusedError:
+            return True
+    return False
 
 
 def test_a_worker_that_dies_is_replaced() -> None:

@@ -97,6 +97,32 @@ def test_connections_that_wait_for_a_worker_that_dies_are_answered_by_the_next_o
         assert not counts.keys() & before
 
 
+def test_connections_that_wait_for_a_worker_when_the_server_is_told_to_stop_are_answered() -> None:
+    with running(workers=2) as server, contextlib.ExitStack() as stack:
+        port = server.port
+        asked = [*answered_by(server, opened(server, port, stack), stack)]  # both have begun to serve
+        with stopped(asked):
+            clients = opened(server, port, stack)[:6]  # not more than send something within five seconds
+            server.process.terminate()
+            wait_until(lambda: all(is_told_to_end(worker) for worker in asked))
+        assert answered_by(server, clients, stack).total() == 6
+        assert server.process.wait(20) == 0
+
+
+def is_told_to_end(process: int) -> bool:
+    status = Path(f"/proc/{process}/status").read_text()
+    return bool(int(status.partition("ShdPnd:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_workers_that_are_told_to_end_leave_their_listeners_to_the_next_ones() -> None:
+    with running(workers=2) as server, contextlib.ExitStack() as stack:
+        before = answered_by(server, opened(server, server.port, stack), stack)  # both have begun to serve
+        for worker in before:
+            os.kill(worker, signal.SIGTERM)
+        wait_until(lambda: not {*before} & {*children(server.process.pid)})
+        assert answered_by(server, opened(server, server.port, stack), stack).total() == CONNECTIONS
+
+
 def test_a_worker_that_cannot_start_beside_one_that_answers_gets_no_connections_until_it_can() -> None:
     with running(workers=2, broken="the other") as server, contextlib.ExitStack() as stack:
         assert server.process.stderr is not None
