@@ -67,6 +67,7 @@ class BrokerFolder:
         self._clock = clock
         self._group = broker_group(settings)
         self._ca_folder = CaFolder(settings.broker_file(CA_FOLDER), self._group)
+        self._stated: tuple[tuple[int, ...], Any] = ((), None)  # the record as it was when last read
         self._seen: dict[str, _Seen] = {}
         self._checked: tuple[str, CrlWindow] = ("", _NEVER)  # the CRLs checked last, by the digest of CRLs and CAs
         self._checked_crls: dict[bytes, CheckedCrl] = {}  # the CRLs that were checked last
@@ -250,11 +251,15 @@ class BrokerFolder:
             if ours and (status.st_gid, stat.S_IMODE(status.st_mode)) != (self._group, FOLDER_MODE):
                 private_folder(folder, mode=FOLDER_MODE, group=self._group)
 
-    def stated(self) -> dict[str, Any]:
-        """Return what the record says, empty if it is missing or unreadable."""
+    def stated(self) -> Mapping[str, Any]:
+        """Return what the record says, empty if it is missing or unreadable; it is read again if it has changed."""
+        path = self._path(RECORD_FILE)
         try:
-            with self._path(RECORD_FILE).open("rb") as file:
-                stated = json.loads(file.read(_MAX_RECORD_BYTES))
+            signature, stated = self._stated
+            if signature_of(path.stat()) != signature:
+                with path.open("rb") as file:
+                    signature, stated = signature_of(os.fstat(file.fileno())), json.loads(file.read(_MAX_RECORD_BYTES))
+                self._stated = signature, stated
         except (OSError, ValueError):
             return {}
         return stated if isinstance(stated, dict) else {}
@@ -275,7 +280,7 @@ class BrokerFolder:
         path = self._path(name)
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            signature = _signature(status)
+            signature = signature_of(status)
             seen = self._seen.get(name)
             if seen is None or seen.signature != signature:
                 content = file.read()
@@ -292,7 +297,7 @@ class BrokerFolder:
         with contextlib.suppress(OSError):
             status = self._path(name).stat()
             if status.st_size == size:
-                self._seen[name] = _Seen(_signature(status), digest, window)
+                self._seen[name] = _Seen(signature_of(status), digest, window)
 
     def _digest(self, name: str) -> str | None:
         try:
@@ -315,7 +320,8 @@ class BrokerFolder:
         return None
 
 
-def _signature(status: os.stat_result) -> tuple[int, ...]:
+def signature_of(status: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced."""
     return status.st_ino, status.st_dev, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -200,17 +200,29 @@ class FileLock:
         Raises ``LockUnavailable`` if it is not free within ``timeout`` seconds (its holder may be stopped), or if its
         file cannot be opened.
         """
+        with self.hold_unless(lambda: False, timeout):
+            yield
+
+    @contextmanager
+    def hold_unless(self, done: Callable[[], bool], timeout: float) -> Iterator[bool]:
+        """Hold the lock as ``hold`` does; yield whether it is held, and not ``done`` once the threads before have.
+
+        Those then need not wait for other processes.
+        """
         deadline = time.monotonic() + timeout
         if not self._thread_lock.acquire(timeout=timeout):
             if not self._held:  # the thread in front of this one waits for another process
                 raise LockUnavailable(_HELD_ELSEWHERE.format(self._path))
             raise LockUnavailable(f"Timed out waiting for {self._path}: the portal is busy; try again shortly.")
         try:
+            if done():
+                yield False
+                return
             with self._descriptor() as descriptor:
                 _take(descriptor, deadline, self._path)
                 self._held = True
                 try:
-                    yield
+                    yield True
                 finally:
                     self._held = False
         finally:

@@ -178,6 +178,22 @@ _NARROWED = sa.select(Device.id).where(
 )
 
 
+_TAKES_AWAY = sa.select(
+    sa.or_(
+        sa.exists().where(Device.generation > sa.bindparam("since"), _DENIED),
+        sa.exists().where(Certificate.generation > sa.bindparam("since"), _ON_A_CRL),
+        sa.exists().where(
+            Device.narrowed_generation > sa.bindparam("since"), sa.text("devices.narrowed_generation > 0")
+        ),
+    )
+)
+
+
+def takes_away(tx: Connection, since: int) -> bool:
+    """Return whether anything was taken away from a client after generation ``since``, and not only granted."""
+    return bool(tx.execute(_TAKES_AWAY, {"since": since}).scalar_one())
+
+
 def narrowed_since(tx: Connection, since: int) -> list[str]:
     """Return the devices that lost topics which they could read after generation ``since``."""
     return list(tx.execute(_NARROWED, {"since": since}).scalars())

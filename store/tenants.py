@@ -122,10 +122,16 @@ def removed_tenants(tx: Connection) -> Sequence[TenantRecord]:
     return [_record(row) for row in tx.execute(query)]
 
 
+_CHANGED = (
+    sa.select(*_TENANT_COLUMNS)
+    .where(Tenant.generation > sa.bindparam("since"), Tenant.generation > 0)
+    .order_by(Tenant.id)
+)
+
+
 def changed_tenants(tx: Connection, *, since: int) -> Sequence[TenantRecord]:
     """Return the tenants of which the broker must learn since a generation, in the order of their names."""
-    query = sa.select(*_TENANT_COLUMNS).where(Tenant.generation > since, Tenant.generation > 0).order_by(Tenant.id)
-    return [_record(row) for row in tx.execute(query)]
+    return [_record(row) for row in tx.execute(_CHANGED, {"since": since})]
 
 
 def tenants_to_tell(tx: Connection) -> Sequence[TenantRecord]:

@@ -89,6 +89,16 @@ class StepsFile:
                 found += [] if attempt is None else [attempt]
         return sorted(found, key=lambda attempt: attempt.generation)
 
+    def newest_of(self, generation: int) -> Attempt | None:
+        """Return the last attempt to reach exactly this generation, ``None`` if it is not known."""
+        try:
+            with self.path.open("rb") as file:
+                slot = os.pread(file.fileno(), SLOT_BYTES, generation % SLOTS * SLOT_BYTES)
+        except OSError:
+            return None
+        found = _attempt(slot) if len(slot) == SLOT_BYTES else None
+        return found if found is not None and found.generation == generation else None
+
 
 def _attempt(slot: bytes) -> Attempt | None:
     body = slot[_CHECK.size :]
@@ -120,7 +130,7 @@ class Progress:
     _started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        before = next((one for one in self._file.read(self.generation) if one.generation == self.generation), None)
+        before = self._file.newest_of(self.generation)
         if before is not None and before.since == self.since and Step.ENFORCED not in before.proven:
             self._started -= (self.at - before.at).total_seconds()
             self.at = before.at

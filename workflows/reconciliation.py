@@ -142,13 +142,13 @@ class Reconciler:
         if not self._has_broker:
             return self._first_elsewhere(generation, time.monotonic() + timeout)
         try:
-            with self._lock.hold(MAX_AHEAD * timeout):
-                number, outcome = self._last
-                if outcome.covers(generation) or number > begun_before:
-                    return outcome
+            with self._lock.hold_unless(lambda: self._has_tried(generation, begun_before), MAX_AHEAD * timeout) as held:
+                if not held:
+                    return self._last[1]
                 applied = self.applied_generation()
-                if applied >= generation:
-                    return Outcome(applied, applied)
+                if applied >= generation:  # as another process has seen
+                    self._last = (0, Outcome(applied, applied))
+                    return self._last[1]
                 with self._counting:
                     self._begun += 1
                     number = self._begun
@@ -161,6 +161,11 @@ class Reconciler:
                 return Outcome(applied, applied)
             self._log_problem(error.detail, applied, applied)
             return Outcome(applied, applied, error.detail)
+
+    def _has_tried(self, generation: int, begun_before: int) -> bool:
+        """Return whether this process has seen that the broker enforces a generation, or tried since a call for it."""
+        number, outcome = self._last
+        return outcome.covers(generation) or number > begun_before
 
     def apply_everywhere(self, generation: int, *, timeout: float | None = None) -> Outcome:
         """Return once every broker that counts enforces ``generation``, or once that has failed or takes too long.
@@ -489,7 +494,6 @@ class Reconciler:
     def _prepare(self, *, with_crls: bool = False) -> _Target:
         """Read one snapshot, draft what the broker must enforce, and sign the CRLs that are due or put that off."""
         draft: Draft | None = None
-        in_doubt = self._broker.accepted_revoked() or bool(self._broker.files.damage())
         try:
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 state = brokers.own_state(tx, self._broker_id)
@@ -500,6 +504,8 @@ class Reconciler:
                 failpoint("apply.after_snapshot")
                 disconnected, revoked, narrowed = self._sessions_to_end(tx, known, since=state.applied_generation)
             puts_off = not with_crls and draft.puts_off_crls(issuers.broker_ca, issuers.tenants)
+            # If CRLs are put off, no file is damaged.
+            in_doubt = self._broker.accepted_revoked() or (not puts_off and bool(self._broker.files.damage()))
             crls: Sequence[CrlRecord] = ()
             if not puts_off:
                 issuers, crls = self.crls.sign_due()
@@ -513,6 +519,8 @@ class Reconciler:
         self, tx: Connection, known: BrokerTenants, *, since: int
     ) -> tuple[Sequence[str], Mapping[str, str], Sequence[str]]:
         """Return whose sessions must end, which of them were revoked, and who has lost topics."""
+        if not generations.takes_away(tx, since):
+            return (), {}, ()
         disconnected = generations.devices_to_disconnect(tx, since=since)
         revoked = generations.revoked_since(tx, since) if disconnected else {}
         prefixes = {

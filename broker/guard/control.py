@@ -127,7 +127,7 @@ class GuardControl(JournalControl, Mosquitto):
         if due:
             stated = {**stated, "crl_at": self._now(), "crl_seq": position.seq}
         if published := due and self.files.publish(trust):
-            stated |= self.files.with_crls_read(trust)
+            stated = {**stated, **self.files.with_crls_read(trust)}
         self.files.install(position.generation, trust, {**stated, "seq": position.seq})
         return published
 

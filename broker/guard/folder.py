@@ -8,7 +8,7 @@ from typing import Any
 
 from broker.capath import FILE_MODE
 from broker.crl import Trust
-from broker.folder import CA_FILE, CRL_FILE, BrokerFolder
+from broker.folder import CA_FILE, CRL_FILE, BrokerFolder, signature_of
 from broker.guard.journal import NewJournal, Position, read_position
 from config import Settings
 from core.broker_control import JOURNAL_FILE
@@ -23,8 +23,7 @@ class GuardFiles(BrokerFolder):
     def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
         super().__init__(settings, clock)
         self.journal = settings.broker_file(JOURNAL_FILE)
-        self._verified: tuple[int, ...] = ()  # the journal's inode, size and times when its end was last checked
-        self._problem: str | None = None
+        self._ended: tuple[tuple[int, ...], Position | None] = ((), None)  # the journal as it was when last read
 
     def install(self, generation: int, trust: Trust, stated: Mapping[str, Any]) -> None:
         """Write CRLs, CAs and the record, which says ``stated`` besides."""
@@ -51,9 +50,17 @@ class GuardFiles(BrokerFolder):
     def position(self) -> Position | None:
         """Return where the journal ends, ``None`` if it is missing or damaged."""
         try:
-            return read_position(self.journal)
-        except ProjectionInvalid:
+            return self._position()
+        except (OSError, ProjectionInvalid):
             return None
+
+    def _position(self) -> Position:
+        """Return where the journal ends, which is read again if it has changed."""
+        signature, (seen, position) = signature_of(self.journal.stat()), self._ended
+        if position is None or signature != seen:
+            position = read_position(self.journal)
+            self._ended = signature, position
+        return position
 
     def crl_size(self) -> int:
         """Return the size in bytes of the CRLs for the broker's next start, 0 if there are none."""
@@ -87,16 +94,10 @@ class GuardFiles(BrokerFolder):
 
     def _journal_problem(self) -> str | None:
         try:
-            status = self.journal.stat()
-            signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            if signature != self._verified:
-                position = read_position(self.journal)
-                stated = self.stated()
-                older = position.epoch == stated.get("epoch") and position.seq < stated.get("seq", 0)
-                self._problem = f"{self.journal} is an older one." if older else None
-                self._verified = signature
+            position, stated = self._position(), self.stated()
         except OSError as error:
             return f"{self.journal} cannot be read: {error.strerror}."
         except ProjectionInvalid as error:
             return error.detail
-        return self._problem
+        older = position.epoch == stated.get("epoch") and position.seq < stated.get("seq", 0)
+        return f"{self.journal} is an older one." if older else None

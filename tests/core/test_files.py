@@ -132,6 +132,19 @@ def test_a_lock_that_another_thread_holds_is_waited_for_no_longer_than_wanted(tm
         pass
 
 
+def test_who_finds_it_done_when_its_turn_has_come_waits_for_no_other_process(tmp_path: Path) -> None:
+    lock, of_another = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    with of_another.hold():
+        with lock.hold_unless(lambda: True, timeout=0) as held:
+            assert not held
+        with pytest.raises(LockUnavailable), lock.hold_unless(lambda: False, timeout=0):
+            pass
+    with lock.hold_unless(lambda: False, timeout=0) as held:
+        assert held
+        with of_another.try_hold() as free:
+            assert not free
+
+
 def test_a_lock_whose_file_cannot_be_opened_is_said_to_be_unavailable(tmp_path: Path) -> None:
     lock = FileLock(tmp_path / "missing" / "lock")
     with pytest.raises(LockUnavailable, match="No such file"), lock.hold():
