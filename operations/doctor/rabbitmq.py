@@ -13,9 +13,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from broker.rabbitmq.management import Management, password_of
+from broker.rabbitmq.vhosts import Vhosts
 from core.errors import BrokerUnavailable
 from core.rabbitmq_nodes import RabbitmqNode
-from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine
+from core.tenants import TenantStatus
+from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, summarize
+from store import tenants
 
 OLDEST = (3, 10)
 NOT_ADMITTING = (4, 0)  # see broker/rabbitmq/answers.py
@@ -37,20 +40,47 @@ def nodes(installation: Installation) -> Finding:
     """Check that each node runs, with the plugins and listeners that it needs and no others, and without alarms."""
     settings = installation.settings
     found, seen, password = Findings(), list[str](), password_of(settings)
-    for node in settings.rabbitmq_nodes:
-        with contextlib.closing(Management(node, settings.rabbitmq_user, password)) as management:
+    with contextlib.ExitStack() as stack:
+        asked = [Management(node, settings.rabbitmq_user, password) for node in settings.rabbitmq_nodes]
+        for management in asked:
+            stack.callback(management.close)
+            node = management.node
             try:
                 overview = management.get("/api/overview", time.monotonic() + SECONDS)
                 states = management.get("/api/nodes", time.monotonic() + SECONDS)
-                seen.append(examine(node, overview, states, found))
+                seen.append(examine(node, overview, states, found, settings.rabbitmq_tenant_ports))
             except BrokerUnavailable as error:
                 found.problem(error.detail, _START)
             except (TypeError, KeyError, AttributeError, ValueError):
                 found.problem(f"The management API of {node.name} answers otherwise than RabbitMQ's.", _START)
+        if seen:
+            _examine_tenants(installation, asked, found)
     return combine(found, f"{', '.join(seen)} run as they must.")
 
 
-def examine(node: RabbitmqNode, overview: Mapping[str, Any], states: Sequence[Any], found: Findings) -> str:
+def _examine_tenants(installation: Installation, asked: Sequence[Management], found: Findings) -> None:
+    with installation.snapshot() as tx:
+        names = [
+            record.id
+            for record in tenants.list_tenants(tx)
+            if record.id != installation.first_tenant and record.status is not TenantStatus.REMOVED
+        ]
+    if names:
+        vhosts = Vhosts(asked, installation.settings.rabbitmq_user, installation.settings.rabbitmq_tenant_ports)
+        try:
+            for problem in vhosts.problems(time.monotonic() + SECONDS, names):
+                found.problem(problem, "The portal makes it with its next change, or when it is started again.")
+        except BrokerUnavailable as error:
+            found.problem(error.detail, _START)
+
+
+def examine(
+    node: RabbitmqNode,
+    overview: Mapping[str, Any],
+    states: Sequence[Any],
+    found: Findings,
+    tenant_ports: Mapping[str, int],
+) -> str:
     """Add what is wrong with a node by what it says; return its name and version."""
     version = str(overview["rabbitmq_version"])
     numbers = tuple(map(int, re.findall(r"[0-9]+", version)[:2]))
@@ -74,7 +104,11 @@ def examine(node: RabbitmqNode, overview: Mapping[str, Any], states: Sequence[An
         found.problem(f"{node.name} has lost sight of other nodes, and did not follow them.", "Restart it.")
     if missing := sorted({*PLUGINS} - {*state["enabled_plugins"]}):
         found.problem(f"{node.name} runs without {', '.join(missing)}.", _COMPARE)
-    _examine_listeners(node, [one for one in overview["listeners"] if one["node"] == node.name], found)
+    listeners = [one for one in overview["listeners"] if one["node"] == node.name]
+    _examine_listeners(node, listeners, found)
+    ports = {one["port"] for one in listeners if one["protocol"] == MQTT}
+    if without := [f"{tenant} ({port})" for tenant, port in tenant_ports.items() if port not in ports]:
+        found.problem(f"{node.name} has no listener for the tenants {summarize(without)}.", _COMPARE)
     return f"{node.name} ({version[:20]})"
 
 

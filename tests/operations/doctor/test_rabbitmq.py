@@ -51,9 +51,11 @@ STATE: dict[str, Any] = {
 }
 
 
-def found(overview: dict[str, Any] | None = None, state: dict[str, Any] | None = None) -> list[str]:
+def found(
+    overview: dict[str, Any] | None = None, state: dict[str, Any] | None = None, **tenant_ports: int
+) -> list[str]:
     findings = Findings()
-    rabbitmq.examine(NODE, {**OVERVIEW, **(overview or {})}, [{**STATE, **(state or {})}], findings)
+    rabbitmq.examine(NODE, {**OVERVIEW, **(overview or {})}, [{**STATE, **(state or {})}], findings, tenant_ports)
     assert all(finding.state is State.PROBLEM and finding.advice for finding in findings)
     return [finding.detail for finding in findings]
 
@@ -70,6 +72,11 @@ def with_protocol(protocol: str) -> dict[str, Any]:
 
 def test_nothing_is_wrong_with_a_node_as_it_must_be() -> None:
     assert not found()
+
+
+def test_each_tenant_needs_a_listener_at_each_node() -> None:
+    assert not found(acme=8883)
+    assert found(acme=8884) == ["rabbit@a has no listener for the tenants acme (8884)."]
 
 
 @pytest.mark.parametrize(
