@@ -135,6 +135,10 @@ class BrokerProvisioning:
         """Return whether the broker can keep a second tenant apart; see ``broker.control.BrokerControl``."""
         return self.control.knows_tenants(deadline)
 
+    def forget_tenant(self, name: str, deadline: float) -> None:
+        """Remove what the broker keeps for a tenant; see ``broker.control.BrokerControl``."""
+        self.control.forget_tenant(name, deadline)
+
     def disconnect(
         self,
         device_ids: Sequence[str],

@@ -278,6 +278,12 @@ class BrokerControl(Protocol):
         Raise ``BrokerUnavailable`` if it does not answer.
         """
 
+    def forget_tenant(self, name: str, deadline: float) -> None:
+        """Remove what the broker keeps for a tenant that was removed, and of which a new journal does not speak.
+
+        Raise ``BrokerUnavailable`` if that fails.
+        """
+
     def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:
         """Raise ``BrokerUnavailable`` while a device denied at ``generation`` might resume a TLS session.
 

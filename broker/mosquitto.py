@@ -89,6 +89,9 @@ class Mosquitto:
         """Look by what the broker lets a TLS session be resumed; raise ``BrokerUnavailable``."""
         return self._probe.resumption(certificates.good, deadline)
 
+    def forget_tenant(self, name: str, deadline: float) -> None:
+        """Do nothing: the sessions of its clients were ended, and nothing else is kept."""
+
     def reachable(self) -> bool:
         """Return whether the broker answers the portal on its internal listener within a second."""
         deadline = time.monotonic() + HEALTH_SECONDS

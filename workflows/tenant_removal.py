@@ -15,7 +15,15 @@ from typing import Any
 import db
 from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core.errors import CaKeyUnavailable, FieldProblem, InputInvalid, NotFound, StateConflict, TokenUnavailable
+from core.errors import (
+    BrokerUnavailable,
+    CaKeyUnavailable,
+    FieldProblem,
+    InputInvalid,
+    NotFound,
+    StateConflict,
+    TokenUnavailable,
+)
 from core.failpoints import failpoint
 from core.tenants import TenantStatus
 from pki.issuers import Reason
@@ -154,6 +162,11 @@ class TenantRemovals:
             return  # the job tries again
         if not self._is_forgotten_by_broker():
             return
+        try:
+            self._broker.forget_tenant(record.id, time.monotonic() + self._settings.enforce_timeout)
+        except BrokerUnavailable as error:
+            log.error("the broker keeps a removed tenant", extra={"tenant": record.id, "problem": error.detail})
+            return  # as above
         now = self._clock()
         with self._database.transaction(sees=ALL_TENANTS) as tx:
             db.next_generation(tx, at=now)

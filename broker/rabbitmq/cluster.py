@@ -35,7 +35,8 @@ class Cluster:
         self._known: tuple[str, Sequence[Management]] = ("", ())  # by the password
         self._preferred = 0
 
-    def _nodes(self) -> Sequence[Management]:
+    def nodes(self) -> Sequence[Management]:
+        """Return what asks each node; raise ``BrokerUnavailable`` without a password."""
         password = password_of(self._settings)
         if self._known[0] != password:
             settings = self._settings
@@ -53,7 +54,7 @@ class Cluster:
 
     def _at_any(self, do: Callable[[Management], _T], deadline: float) -> _T:
         """Do something at the node that answered last, else at the others; raise what the first raised."""
-        nodes, first = self._nodes(), self._preferred
+        nodes, first = self.nodes(), self._preferred
         failed: BrokerUnavailable | None = None
         for number in range(len(nodes)):
             index = (first + number) % len(nodes)
@@ -107,7 +108,7 @@ class Cluster:
 
         A node knows its own connections even if others do not see it. Raise ``BrokerUnavailable``.
         """
-        for one in self._nodes():
+        for one in self.nodes():
             if one.node.name in names:
                 _see_none(one, identity, deadline)
 

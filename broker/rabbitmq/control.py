@@ -30,6 +30,7 @@ from broker.rabbitmq.ended import EndedSessions
 from broker.rabbitmq.folder import RabbitmqFiles
 from broker.rabbitmq.presence import RabbitmqReports
 from broker.rabbitmq.probe import Believed, NodeProbe, NodeStopped
+from broker.rabbitmq.vhosts import Vhosts
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.failpoints import failpoint
@@ -68,6 +69,7 @@ class RabbitmqControl(JournalControl):
         super().__init__(settings, RabbitmqFiles(settings, clock), clock)
         self._probes = tuple(NodeProbe(node, settings) for node in settings.rabbitmq_nodes)
         self._cluster = Cluster(settings)
+        self._vhosts = Vhosts(self._cluster.nodes, settings.rabbitmq_user, settings.rabbitmq_tenant_ports)
         self._unwritten: Mapping[str, str] = {}  # nodes that lack the newest CRLs, with the reason
         self._names = {node.name for node in settings.rabbitmq_nodes}
         self._ended = EndedSessions(self.files.journal)
@@ -76,7 +78,7 @@ class RabbitmqControl(JournalControl):
     # --- Writing
 
     def check_knows_tenants(self) -> None:
-        """Do nothing: tenants are the answers' own business."""
+        """Do nothing: until a tenant has its vhost, its clients are refused; see ``enforce``."""
 
     def check_filter(self, text: str) -> None:
         """Raise ``TopicRefused`` if RabbitMQ cannot grant a topic filter as it is meant."""
@@ -112,10 +114,17 @@ class RabbitmqControl(JournalControl):
         self._sync()
         if self._unwritten:
             raise BrokerUnavailable(" ".join(self._unwritten.values()))
+        if self._settings.rabbitmq_tenant_ports:
+            self._make_vhosts(position, deadline)
         if shows is not None:
             proven = self._at_each(lambda one: one.prove(shows, position.generation, deadline), self._probes, deadline)
             self._denial = _Denial(started, shows, proven)
         return position.generation
+
+    def _make_vhosts(self, position: Position, deadline: float) -> None:
+        for tenant in self._told.at(position).tenants.values():
+            if not tenant.suspended:
+                self._vhosts.make(tenant.name, deadline)
 
     def end_sessions(
         self,
@@ -245,8 +254,13 @@ class RabbitmqControl(JournalControl):
         """Return ``None``: a node reads all by itself."""
 
     def knows_tenants(self, deadline: float) -> bool:
-        """Return ``False``: answers know only the first tenant yet."""
-        return False
+        """Return ``True``: each has its vhost."""
+        return True
+
+    def forget_tenant(self, name: str, deadline: float) -> None:
+        """Remove the vhost of a tenant, with all that is in it."""
+        if name in self._settings.rabbitmq_tenant_ports:
+            self._vhosts.remove(name, deadline)
 
     def reachable(self) -> bool:
         """Return whether any node answers the portal within a second."""

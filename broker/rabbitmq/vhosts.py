@@ -21,8 +21,8 @@ _T = TypeVar("_T")
 class Vhosts:
     """Makes and removes vhosts at any node that answers; ``ports`` is that of each tenant's listener."""
 
-    def __init__(self, nodes: Iterable[Management], user: str, ports: Mapping[str, int]) -> None:
-        self._nodes = tuple(nodes)
+    def __init__(self, nodes: Callable[[], Iterable[Management]], user: str, ports: Mapping[str, int]) -> None:
+        self._nodes = nodes
         self._user = user
         self._ports = ports
         self._made: set[str] = set()
@@ -92,7 +92,7 @@ class Vhosts:
     def _at_any(self, act: Callable[[Management], _T]) -> _T:
         """Act at the first node that answers."""
         problem: BrokerUnavailable | None = None
-        for node in self._nodes:
+        for node in self._nodes():
             try:
                 return act(node)
             except BrokerNotEnforcing:

@@ -66,7 +66,7 @@ def _examine_tenants(installation: Installation, asked: Sequence[Management], fo
             if record.id != installation.first_tenant and record.status is not TenantStatus.REMOVED
         ]
     if names:
-        vhosts = Vhosts(asked, installation.settings.rabbitmq_user, installation.settings.rabbitmq_tenant_ports)
+        vhosts = Vhosts(lambda: asked, installation.settings.rabbitmq_user, installation.settings.rabbitmq_tenant_ports)
         try:
             for problem in vhosts.problems(time.monotonic() + SECONDS, names):
                 found.problem(problem, "The portal makes it with its next change, or when it is started again.")

@@ -8,6 +8,7 @@ import ssl
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,10 +43,11 @@ class Device:
 class RabbitmqSite:
     """``nodes`` in one cluster; each is given a folder of its own."""
 
-    def __init__(self, nodes: int = 1, **environment: str) -> None:
+    def __init__(self, nodes: int = 1, *, tenants: Sequence[str] = (), **environment: str) -> None:
         self.folder = short_folder(in_memory=True)
         port = free_port()
-        self.cluster = RabbitmqCluster(f"https://localhost:{port}", nodes)
+        self.cluster = RabbitmqCluster(f"https://localhost:{port}", nodes, tenants=len(tenants))
+        self.tenant_ports = dict(zip(tenants, self.cluster.nodes[0].tenant_ports, strict=True))
         password = self.folder / "management-password"
         password.touch(mode=0o600)
         password.write_text(self.cluster.password)
@@ -62,6 +64,7 @@ class RabbitmqSite:
             self.folder / "data",
             PORTAL_BROKER_CONTROL="rabbitmq",
             PORTAL_RABBITMQ_NODES=json.dumps(listed),
+            PORTAL_RABBITMQ_TENANT_PORTS=json.dumps(self.tenant_ports) if tenants else "",
             PORTAL_RABBITMQ_USER=USER,
             PORTAL_RABBITMQ_PASSWORD_FILE=str(password),
             PORTAL_RABBITMQ_BIND=f"127.0.0.1:{port}",
@@ -98,8 +101,8 @@ class RabbitmqSite:
             self.portal.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def device(self, *topics: tuple[str, Access]) -> Device:
-        """Register a device with a key of its own."""
+    def device(self, *topics: tuple[str, Access], actor: Actor = OPERATOR) -> Device:
+        """Register a device with a key of its own, in the tenant of an actor."""
         key = ec.generate_private_key(ec.SECP256R1())
         request = DeviceRequest(
             name=f"pump-{uuid.uuid4().hex[:8]}",
@@ -109,21 +112,22 @@ class RabbitmqSite:
             csr=read_csr(new_request(key)),
             topics=topics or None,
         )
-        registered = self.portal.registrations.register(OPERATOR, request)
+        registered = self.portal.registrations.register(actor, request)
         certificate = self.folder / f"{registered.device_id}.pem"
         certificate.write_text((registered.certificate or "") + (registered.chain or ""))
         certificate.with_suffix(".key").write_bytes(private_key_pem(key))
         return Device(registered.device_id, (certificate, certificate.with_suffix(".key")))
 
-    def client(self, device: Device, node: Node | None = None) -> MqttClient:
-        """A client that has done its handshake."""
+    def client(self, device: Device, node: Node | None = None, tenant: str = "") -> MqttClient:
+        """A client that has done its handshake, at the listener of a tenant."""
         context = tls_context(self.settings.data_dir / "ca.pem", *device.pair)
-        return MqttClient(connect_tls((node or self.cluster.nodes[0]).mqtt_port, context), 4)
+        port = self.tenant_ports.get(tenant, (node or self.cluster.nodes[0]).mqtt_port)
+        return MqttClient(connect_tls(port, context), 4)
 
-    def refusal(self, device: Device, node: Node | None = None) -> str:
+    def refusal(self, device: Device, node: Node | None = None, tenant: str = "") -> str:
         """Connect a client that may be refused; return why, "return code 0" if it is not."""
         try:
-            with self.client(device, node) as client:
+            with self.client(device, node, tenant) as client:
                 return f"return code {client.connect(device.id)}"
         except ssl.SSLError as error:
             return error.reason or ""

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
+import sqlalchemy as sa
 
 from broker.guard import journal
 from broker.guard.journal import NewJournal
 from broker.rabbitmq.answers import Answers
 from broker.rabbitmq.management import Management
 from broker.rabbitmq.vhosts import Vhosts
+from core.errors import GuardNeeded
 from core.rabbitmq_nodes import RabbitmqNode
 from core.setting_values import Address
 from core.topics import Access
+from operations.wiring import utc_now
+from store.scope import ALL_TENANTS
+from store.tables import Tenant
 from tests.support.mqtt import MqttClient, connect_tls, tls_context
 from tests.support.pki import Credentials, Pki
 from tests.support.rabbitmq import USER, Node, RabbitmqCluster, is_installed
+from tests.support.rabbitmq_site import OPERATOR, RabbitmqSite
 from tests.system.test_rabbitmq_nodes import Backend, Installation
+from workflows.tenant_life import NewTenant
 
 pytestmark = [
     pytest.mark.system,
@@ -28,6 +37,7 @@ pytestmark = [
     pytest.mark.skipif(not is_installed(), reason="rabbitmq-server is not installed"),
 ]
 TENANTS = "acme", "beta"
+LONG = timedelta(days=99)
 
 
 @dataclass
@@ -76,7 +86,7 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
         named = RabbitmqNode(node.name, Address("127.0.0.1", node.mqtt_port), node.management_url, None)
         management = Management(named, USER, cluster.password)
         stack.callback(management.close)
-        vhosts = Vhosts([management], USER, dict(zip(TENANTS, node.tenant_ports, strict=True)))
+        vhosts = Vhosts(lambda: [management], USER, dict(zip(TENANTS, node.tenant_ports, strict=True)))
         for tenant in TENANTS:
             vhosts.make(tenant, soon())
         assert not vhosts.problems(soon(), TENANTS)
@@ -143,3 +153,33 @@ def test_the_vhost_of_a_removed_tenant_ends_its_sessions_and_keeps_its_devices_o
     tenants.vhosts.make("beta", soon())
     with tenants.client(identity, credentials, tenants.port("beta")) as client:
         assert client.connect(identity) == 0
+
+
+# --- With a portal ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tenant_of_a_portal_gets_a_vhost_and_loses_it_with_all_that_is_in_it() -> None:
+    with RabbitmqSite(tenants=["acme"], PORTAL_ENFORCE_TIMEOUT="20") as site:
+        portal, node = site.portal, site.cluster.nodes[0]
+        with pytest.raises(GuardNeeded, match=r'PORTAL_RABBITMQ_TENANT_PORTS, such as \{"other": 8884\}'):
+            portal.tenants.add(OPERATOR, NewTenant("other"))
+        assert portal.tenants.add(OPERATOR, NewTenant("acme")).state.enforced
+        admin = dataclasses.replace(OPERATOR, tenant_id="acme")
+        ours, theirs = site.device(), site.device(actor=admin)
+        for device, tenant, other in ((ours, "", "acme"), (theirs, "acme", "")):
+            assert site.refusal(device, tenant=tenant) == "return code 0"
+            assert site.refusal(device, tenant=other) != "return code 0"
+        with site.client(theirs, tenant="acme") as client:
+            assert client.connect(theirs.id, clean=False) == 0
+            assert client.subscribe(f"acme/{theirs.id}/#") == 1
+            assert node.get("/api/queues/acme")
+            done = portal.revocations.revoke(admin, theirs.id, "key_compromise")
+            assert (done.enforced, done.problem) == (True, None)
+            client.wait_until_cut()
+        assert node.get("/api/queues/acme") == []
+        portal.tenant_removals.remove(OPERATOR, "acme", "acme")
+        with portal.database.transaction(sees=ALL_TENANTS) as tx:  # long ago, so that its rows are deleted now
+            tx.execute(sa.update(Tenant).where(Tenant.id == "acme").values(changed_at=utc_now() - LONG))
+        portal.tenant_removals.run()
+        assert node.get("/api/vhosts/acme") is None
+        assert site.refusal(ours) == "return code 0"

@@ -211,7 +211,6 @@ class CrlPublication:
             replace_revoked_probe(
                 self._database,
                 self._settings,
-                self._first_tenant,
                 changed[-1],
                 self._probe_certificates.revoked,
                 generation=generation,

@@ -56,7 +56,6 @@ def record_own(
 def replace_revoked_probe(
     database: Database,
     settings: Settings,
-    tenant_id: str,
     signer: RecordedIssuer,
     probe: ProbeCertificate,
     *,
@@ -66,7 +65,8 @@ def replace_revoked_probe(
     """Put a certificate in the place of the revoked ``probe`` that no CRL before the one of ``generation`` lists.
 
     So a broker that refuses it as revoked has read that CRL. It lives as long as that, so that it is not listed for
-    longer. The key stays; without one, nothing is changed.
+    longer, and belongs to the tenant of its CA, with whose rows it is deleted. The key stays; without one, nothing is
+    changed.
     """
     try:
         key = load_pem_private_key(probe.key.read_bytes(), None).public_key()
@@ -81,5 +81,5 @@ def replace_revoked_probe(
     except IssuerUnusable:
         return  # it has expired, which refuses all its certificates
     with database.transaction(sees=ALL_TENANTS) as tx:
-        record_own(tx, tenant_id, signer, issued, purpose="canary", now=now, generation=generation)
+        record_own(tx, signer.tenant_id, signer, issued, purpose="canary", now=now, generation=generation)
     replace_file(probe.certificate, signer.chain_pem(issued.pem).encode())

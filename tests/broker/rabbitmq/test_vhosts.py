@@ -49,7 +49,7 @@ def soon() -> float:
 
 
 def vhosts(*nodes: Any) -> Vhosts:
-    return Vhosts(nodes, "portal", PORTS)
+    return Vhosts(lambda: nodes, "portal", PORTS)
 
 
 def test_a_tenant_gets_a_vhost_and_the_clients_of_its_port() -> None:
