@@ -15,7 +15,6 @@ from broker.folder import BrokerFolder
 from broker.guard.control import GuardControl
 from broker.guard.elsewhere import GuardElsewhere
 from broker.probe import ACCEPTS_REVOKED, ProbeCertificate, ProbeCertificates, ProbeResult
-from broker.rabbitmq.control import RabbitmqControl
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
@@ -135,6 +134,10 @@ class BrokerProvisioning:
         """Return whether the broker can keep a second tenant apart; see ``broker.control.BrokerControl``."""
         return self.control.knows_tenants(deadline)
 
+    def nodes(self) -> Mapping[str, bool]:
+        """Return the nodes of a cluster, each with whether clients reach it; see ``broker.control.BrokerControl``."""
+        return self.control.nodes()
+
     def forget_tenant(self, name: str, deadline: float) -> None:
         """Remove what the broker keeps for a tenant; see ``broker.control.BrokerControl``."""
         self.control.forget_tenant(name, deadline)
@@ -228,6 +231,8 @@ def _control(settings: Settings, clock: Callable[[], datetime]) -> BrokerControl
         case ControlKind.NONE:
             return GuardElsewhere(settings, clock)
         case ControlKind.RABBITMQ:
+            from broker.rabbitmq.control import RabbitmqControl  # here, as few portals have one
+
             return RabbitmqControl(settings, clock)
 
 

@@ -284,6 +284,9 @@ class BrokerControl(Protocol):
         Raise ``BrokerUnavailable`` if that fails.
         """
 
+    def nodes(self) -> Mapping[str, bool]:
+        """Return the nodes of a cluster, each with whether clients reach it; empty for a broker that is one program."""
+
     def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:
         """Raise ``BrokerUnavailable`` while a device denied at ``generation`` might resume a TLS session.
 

@@ -92,6 +92,10 @@ class Mosquitto:
     def forget_tenant(self, name: str, deadline: float) -> None:
         """Do nothing: the sessions of its clients were ended, and nothing else is kept."""
 
+    def nodes(self) -> Mapping[str, bool]:
+        """Return none: it is one program."""
+        return {}
+
     def reachable(self) -> bool:
         """Return whether the broker answers the portal on its internal listener within a second."""
         deadline = time.monotonic() + HEALTH_SECONDS

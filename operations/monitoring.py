@@ -73,12 +73,22 @@ class Readiness:
         return [Check(name, code, _problem_of(question)) for name, code, question in named]
 
     def brokers(self) -> list[Check]:
-        """Return a check for each broker where there are several; the portal is ready whatever they say."""
+        """Return a check for each broker where there are several, and for each node of a cluster.
+
+        The portal is ready whatever they say.
+        """
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             found = states_of(tx)
+        nodes = [
+            Check(
+                f"node {name}", "broker_node_down", None if up else f"Nobody can connect to the node {name}; start it."
+            )
+            for name, up in self._reconciler.broker_nodes().items()
+        ]
         if len(found) == 1 and self._settings.has_broker:
-            return []
-        return [Check(f"broker {one.record.name}", f"broker_{one.standing}", one.sentence) for one in found]
+            return nodes
+        brokers = [Check(f"broker {one.record.name}", f"broker_{one.standing}", one.sentence) for one in found]
+        return brokers + nodes
 
     def _database_problem(self) -> None:
         self._database.ping()
@@ -128,6 +138,8 @@ class Readiness:
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 return None if any(one.counts for one in brokers.list_brokers(tx)) else NONE_COUNTS
         if not self._reconciler.broker_answers():
+            if self._settings.rabbitmq_nodes:
+                return "No node of RabbitMQ answers at its management API; start them, or see PORTAL_RABBITMQ_NODES."
             return "The broker does not answer on its internal listener; start it, or see its log."
         state = self._reconciler.own_state()
         if state.applied_generation < state.generation:
@@ -174,6 +186,12 @@ class Monitoring:
             *stored,
             *self._expiries(issuers, now),
             *(_gauge("portal_broker_up", text, value) for value in up),
+            _gauges(
+                "portal_broker_node_up",
+                "1 if clients reach a node of the broker's cluster, else 0.",
+                "node",
+                [(name, float(is_up)) for name, is_up in self._reconciler.broker_nodes().items()],
+            ),
         ]
 
     def gauges_of(self, tenant_id: str) -> list[Gauge]:

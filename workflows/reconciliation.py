@@ -337,6 +337,10 @@ class Reconciler:
             return "The broker does not answer on its internal listener."
         return self._others.problem(generation)
 
+    def broker_nodes(self) -> Mapping[str, bool]:
+        """Return the nodes of a cluster, each with whether clients reach it; empty for a broker that is one program."""
+        return self._broker.nodes()
+
     def probe_problem(self) -> str | None:
         """Return why the broker failed the last probe, whichever process made it; ``None`` if it did not."""
         return self._broker.probe_problem()

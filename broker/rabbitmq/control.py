@@ -266,6 +266,13 @@ class RabbitmqControl(JournalControl):
         """Return whether any node answers the portal within a second."""
         return self._cluster.answers(time.monotonic() + HEALTH_SECONDS)
 
+    def nodes(self) -> Mapping[str, bool]:
+        """Return each node with whether it accepts connections for MQTT within a second."""
+        deadline = time.monotonic() + HEALTH_SECONDS
+        with ThreadPoolExecutor(max_workers=len(self._probes), thread_name_prefix="rabbitmq") as pool:
+            up = pool.map(lambda one: _is_up(one, deadline), self._probes)
+            return dict(zip((one.node.name for one in self._probes), up, strict=True))
+
     def is_stopped(self) -> bool:
         """Return whether certainly no node runs, and not only ones that are slow to answer."""
         deadline = time.monotonic() + HEALTH_SECONDS
@@ -285,3 +292,10 @@ def _listens(one: NodeProbe, deadline: float) -> bool:
     except OSError as error:
         said = error.strerror or str(error)
         raise BrokerUnavailable(f"{one.node.name} does not answer at {one.node.mqtt}: {said}.") from error
+
+
+def _is_up(one: NodeProbe, deadline: float) -> bool:
+    try:
+        return _listens(one, deadline)
+    except BrokerUnavailable:
+        return False

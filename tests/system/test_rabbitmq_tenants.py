@@ -21,6 +21,7 @@ from core.errors import GuardNeeded
 from core.rabbitmq_nodes import RabbitmqNode
 from core.setting_values import Address
 from core.topics import Access
+from operations.doctor.doctor import examine
 from operations.wiring import utc_now
 from store.scope import ALL_TENANTS
 from store.tables import Tenant
@@ -183,3 +184,12 @@ def test_a_tenant_of_a_portal_gets_a_vhost_and_loses_it_with_all_that_is_in_it()
         portal.tenant_removals.run()
         assert node.get("/api/vhosts/acme") is None
         assert site.refusal(ours) == "return code 0"
+        assert [check.problem for check in portal.readiness.brokers()] == [None]
+        assert [
+            finding for finding in examine(site.settings, utc_now) if "RabbitMQ" in finding.name and finding.advice
+        ] == []
+        node.stop()
+        [check] = portal.readiness.brokers()
+        assert check.problem == f"Nobody can connect to the node {node.name}; start it."
+        [up] = [gauge for gauge in portal.monitoring.gauges() if gauge.name == "portal_broker_node_up"]
+        assert up.samples == [([node.name], 0.0)]

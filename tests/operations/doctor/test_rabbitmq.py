@@ -143,8 +143,8 @@ def test_nobody_who_answers_is_a_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("control", "word"), [(ControlKind.RABBITMQ, "RabbitMQ nodes"), (ControlKind.GUARD, "broker version")]
 )
-def test_each_engine_has_its_own_checks(control: ControlKind, word: str) -> None:
+def test_each_engine_has_its_own_checks(tmp_path: Path, control: ControlKind, word: str) -> None:
     checks = tuple((name, lambda _installation: well("")) for name, _ in CHECKS)
-    settings = Settings.from_env({}).model_copy(update={"broker_control": control})
+    settings = Settings.from_env({}).model_copy(update={"broker_control": control, "data_dir": tmp_path})
     names = {finding.name for finding in examine(settings, utc_now, checks=checks)}
     assert names & {"RabbitMQ nodes", "broker version"} == {word}
