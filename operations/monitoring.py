@@ -87,8 +87,8 @@ class Readiness:
         ]
         if len(found) == 1 and self._settings.has_broker:
             return nodes
-        brokers = [Check(f"broker {one.record.name}", f"broker_{one.standing}", one.sentence) for one in found]
-        return brokers + nodes
+        each = [Check(f"broker {one.record.name}", f"broker_{one.standing}", one.sentence) for one in found]
+        return each + nodes
 
     def _database_problem(self) -> None:
         self._database.ping()
