@@ -10,7 +10,6 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from core.errors import IssuerUnusable, KeyRefused, ProfileRefused, SignatureCheckFailed
@@ -18,12 +17,17 @@ from pki.algorithms import (
     KeyType,
     PrivateKey,
     PublicKey,
+    SignatureHash,
     check_public_key,
     generate_key,
     public_key_der,
     signature_hash,
+    signature_identifier,
+    signed,
 )
+from pki.certificates import tbs_certificate
 from pki.crl import crl_entry
+from pki.encoding import pem
 from pki.foreign import read_certificate, read_name
 from pki.issuers import (
     CLOCK_SKEW,
@@ -60,6 +64,7 @@ class Issued:
     pem: str = field(repr=False)
     serial_number: str  # 40 lower-case hex digits
     fingerprint: str  # SHA-256 of the DER, 64 lower-case hex digits
+    key_fingerprint: str  # SHA-256 of the SubjectPublicKeyInfo, as the fingerprint
     not_before: datetime
     not_after: datetime
 
@@ -75,13 +80,14 @@ def generate_keypair(key_type: KeyType) -> PrivateKey:
 def create_root(key: PrivateKey, *, common_name: str, now: datetime, days: int) -> Issued:
     """Sign the root's own certificate, valid until ``days`` after ``now``."""
     public_key = check_public_key(key.public_key())
-    profile = root_profile(common_name)
-    not_before = whole_second(now) - CLOCK_SKEW
     return _signed(
-        _builder(profile, public_key, not_before=not_before, not_after=_end(now, days)).issuer_name(profile.subject),
-        key,
-        signature_hash(public_key),
-        issuer_certificate=None,
+        root_profile(common_name),
+        public_key,
+        public_key_der(public_key),
+        key=key,
+        algorithm=signature_hash(public_key),
+        validity=(whole_second(now) - CLOCK_SKEW, _end(now, days)),
+        issuer=None,
     )
 
 
@@ -101,8 +107,8 @@ def request_issuing(key: PrivateKey, *, subject: x509.Name) -> str:
     It asks for the extensions that the portal's own root would give it. Raises ``SignatureCheckFailed``.
     """
     public_key = check_public_key(key.public_key())
-    wanted = [*requested_extensions(), extension(x509.SubjectKeyIdentifier.from_public_key(public_key))]
-    request = x509.CertificateSigningRequestBuilder(subject, wanted).sign(key, signature_hash(public_key))
+    wanted = *requested_extensions(), extension(x509.SubjectKeyIdentifier.from_public_key(public_key))
+    request = x509.CertificateSigningRequestBuilder(subject, list(wanted)).sign(key, signature_hash(public_key))
     if not request.is_signature_valid:
         raise SignatureCheckFailed(
             "A new request did not verify under its own key and was thrown away; check the machine and the key."
@@ -181,22 +187,20 @@ def _sign(issuer: Issuer, public_key: PublicKey, profile: Profile, *, now: datet
             f" to {issuer.not_after:%Y-%m-%d %H:%M} UTC; check the clock, or make a new CA."
         )
     public_key = check_public_key(public_key)
-    if public_key_der(public_key) == issuer.public_key_der:
+    encoded_key = public_key_der(public_key)
+    if encoded_key == issuer.public_key_der:
         raise KeyRefused("The public key is the CA's own. Make a new key pair.")
     check_names(issuer, profile)
-    builder = _builder(
+    return _signed(
         profile,
         public_key,
+        encoded_key,
         issuer.authority_key_identifier,
         *locations(pki_url, issuer.url_name, profile.revocation),
-        not_before=max(moment - CLOCK_SKEW, issuer.not_before),
-        not_after=min(_end(now, days), issuer.not_after),
-    )
-    return _signed(
-        builder.issuer_name(issuer.certificate.subject),
-        key,
-        issuer.signature_hash,
-        issuer_certificate=issuer.certificate,
+        key=key,
+        algorithm=issuer.signature_hash,
+        validity=(max(moment - CLOCK_SKEW, issuer.not_before), min(_end(now, days), issuer.not_after)),
+        issuer=issuer,
     )
 
 
@@ -214,32 +218,32 @@ def check_names(issuer: Issuer, profile: Profile) -> None:
             )
 
 
-def _builder(
-    profile: Profile, public_key: PublicKey, *extensions: Extension, not_before: datetime, not_after: datetime
-) -> x509.CertificateBuilder:
-    key_identifier = extension(x509.SubjectKeyIdentifier.from_public_key(public_key))
-    return (
-        x509.CertificateBuilder(extensions=[*profile.extensions, key_identifier, *extensions])
-        .subject_name(profile.subject)
-        .public_key(public_key)
-        .serial_number(_new_serial_number())
-        .not_valid_before(not_before)
-        .not_valid_after(not_after)
-    )
-
-
 def _signed(
-    builder: x509.CertificateBuilder,
+    profile: Profile,
+    public_key: PublicKey,
+    encoded_key: bytes,
+    *extensions: Extension,
     key: PrivateKey,
-    algorithm: hashes.SHA256 | hashes.SHA384 | None,
-    *,
-    issuer_certificate: x509.Certificate | None,
+    algorithm: SignatureHash,
+    validity: tuple[datetime, datetime],
+    issuer: Issuer | None,
 ) -> Issued:
     """Sign, then read the result back and verify it under the issuer's certificate (or itself, if that is None)."""
-    der = builder.sign(key, algorithm).public_bytes(Encoding.DER)
+    subject = profile.subject.public_bytes()
+    key_identifier = extension(x509.SubjectKeyIdentifier.from_public_key(public_key))
+    content = tbs_certificate(
+        serial_number=_new_serial_number(),
+        signature=signature_identifier(key, algorithm),
+        issuer=subject if issuer is None else issuer.subject_der,
+        validity=validity,
+        subject=subject,
+        public_key=encoded_key,
+        extensions=[one.der for one in (*profile.extensions, key_identifier, *extensions)],
+    )
+    der = signed(content, key, algorithm)
     certificate = x509.load_der_x509_certificate(der)
     try:
-        certificate.verify_directly_issued_by(issuer_certificate or certificate)
+        certificate.verify_directly_issued_by(certificate if issuer is None else issuer.certificate)
     except (InvalidSignature, ValueError, TypeError) as error:
         raise SignatureCheckFailed(
             "A new certificate did not verify under its issuer and was thrown away; check the machine and the CA's key."
@@ -247,9 +251,10 @@ def _signed(
     return Issued(
         certificate=certificate,
         der=der,
-        pem=certificate.public_bytes(Encoding.PEM).decode(),
+        pem=pem("CERTIFICATE", der),
         serial_number=f"{certificate.serial_number:x}",
         fingerprint=hashlib.sha256(der).hexdigest(),
+        key_fingerprint=hashlib.sha256(encoded_key).hexdigest(),
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import secrets
@@ -9,19 +10,21 @@ from enum import StrEnum
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from cryptography.hazmat.primitives.padding import PKCS7
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.x509.oid import SignatureAlgorithmOID
 from pyasn1.codec.der import encoder
 from pyasn1.type import univ
 
 from core.errors import KeyRefused
-from pki.encoding import pem
+from pki.encoding import BIT_STRING, SEQUENCE, encode, join, pem
 
 PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
+SignatureHash = hashes.SHA256 | hashes.SHA384 | None
 
 RSA_EXPONENT = 65537
 RSA_SIZES = (2048, 3072, 4096)  # bits of modulus that a CSR may bring
@@ -120,13 +123,44 @@ def key_type_of(key: PublicKey) -> str:
     return "ed25519" if isinstance(key, ed25519.Ed25519PublicKey) else f"rsa-{key.key_size}"
 
 
-def signature_hash(key: PublicKey) -> hashes.SHA256 | hashes.SHA384 | None:
+def signature_hash(key: PublicKey) -> SignatureHash:
     """Return the hash that this key signs with: as strong as the key (RFC 5758 §3.2), none for Ed25519 (RFC 8410)."""
     if isinstance(key, ed25519.Ed25519PublicKey):
         return None
     if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.key_size > 256:
         return hashes.SHA384()
     return hashes.SHA256()
+
+
+def signature_identifier(key: PrivateKey, algorithm: SignatureHash) -> bytes:
+    """Return the AlgorithmIdentifier, DER, of a key's signatures (RFC 4055 §5, RFC 5758 §3.2, RFC 8410 §3)."""
+    if isinstance(key, rsa.RSAPrivateKey):
+        return _identifier(SignatureAlgorithmOID.RSA_WITH_SHA256, encode(univ.Null("")))
+    if algorithm is None:
+        return _identifier(SignatureAlgorithmOID.ED25519)
+    is_long = isinstance(algorithm, hashes.SHA384)
+    return _identifier(SignatureAlgorithmOID.ECDSA_WITH_SHA384 if is_long else SignatureAlgorithmOID.ECDSA_WITH_SHA256)
+
+
+@functools.cache
+def _identifier(oid: x509.ObjectIdentifier, *parameters: bytes) -> bytes:
+    return join(SEQUENCE, encode(univ.ObjectIdentifier(oid.dotted_string)), *parameters)
+
+
+def signed(content: bytes, key: PrivateKey, algorithm: SignatureHash) -> bytes:
+    """Sign a TBSCertificate or TBSCertList that names the algorithm; return the signed whole, DER (RFC 5280 §4.1)."""
+    signature = join(BIT_STRING, b"\0", _signature(content, key, algorithm))
+    return join(SEQUENCE, content, signature_identifier(key, algorithm), signature)
+
+
+def _signature(content: bytes, key: PrivateKey, algorithm: SignatureHash) -> bytes:
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return key.sign(content)
+    if algorithm is None:
+        raise ValueError("a key of this kind does not sign without a hash")
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key.sign(content, padding.PKCS1v15(), algorithm)
+    return key.sign(content, ec.ECDSA(algorithm))
 
 
 def check_public_key(key: object) -> PublicKey:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
 from cryptography.x509.oid import SignatureAlgorithmOID
-from pyasn1.type import univ
 
 from core.errors import SignatureCheckFailed
-from pki.algorithms import PrivateKey, check_public_key
-from pki.encoding import MAX_ELEMENTS, SEQUENCE, encode, join, sequence_elements, split
+from pki.algorithms import check_public_key, signature_identifier, signed
+from pki.encoding import MAX_ELEMENTS, SEQUENCE, join, sequence_elements, split
 from pki.issuers import SERIAL_BITS, Extension, Issuer, Reason, extension, signing_key, whole_second
 
 VerifyingKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey
@@ -74,11 +72,10 @@ def sign_crl(
     version, _, *names_and_times, extensions = _encoded_fields(
         issuer.certificate.subject, begin, end, [issuer.authority_key_identifier, extension(x509.CRLNumber(number))], []
     )
-    algorithm = _algorithm_identifier(key, issuer.signature_hash)
+    algorithm = signature_identifier(key, issuer.signature_hash)
     revoked = [join(SEQUENCE, *listed)] if listed else []  # absent, not empty (RFC 5280 §5.1.2.6)
     content = join(SEQUENCE, version, algorithm, *names_and_times, *revoked, extensions)
-    signature = encode(univ.BitString.fromOctetString(_signature(key, issuer.signature_hash, content)))
-    der = join(SEQUENCE, content, algorithm, signature)
+    der = signed(content, key, issuer.signature_hash)
     if not _is_as_meant(der, issuer, number, len(listed), begin, end):
         raise SignatureCheckFailed(
             "A new CRL did not verify under its issuer and was thrown away; check the machine and the CA's key."
@@ -90,7 +87,7 @@ def _encoded_fields(
     name: x509.Name,
     begin: datetime,
     end: datetime,
-    extensions: list[Extension],
+    extensions: Sequence[Extension],
     revoked: list[x509.RevokedCertificate],
 ) -> list[bytes]:
     """Have ``cryptography`` encode the fields of a TBSCertList (RFC 5280 §5.1.2).
@@ -98,32 +95,9 @@ def _encoded_fields(
     It encodes all entries again for each CRL, and nothing else in the process runs in the 0.2 s which that takes for
     100,000. So they are encoded once, in a CRL that is of no CA and is dropped, as are the other fields each time.
     """
-    builder = x509.CertificateRevocationListBuilder(extensions=extensions, revoked_certificates=revoked)
+    builder = x509.CertificateRevocationListBuilder(extensions=list(extensions), revoked_certificates=revoked)
     builder = builder.issuer_name(name).last_update(begin).next_update(end)
     return sequence_elements(builder.sign(_KEY_OF_NO_CA, None).tbs_certlist_bytes)
-
-
-def _algorithm_identifier(key: PrivateKey, algorithm: hashes.SHA256 | hashes.SHA384 | None) -> bytes:
-    """Return the AlgorithmIdentifier of a key's signatures (RFC 4055 §5, RFC 5758 §3.2, RFC 8410 §3)."""
-    if isinstance(key, rsa.RSAPrivateKey):
-        oid, parameters = SignatureAlgorithmOID.RSA_WITH_SHA256, [encode(univ.Null(""))]
-    elif algorithm is None:
-        oid, parameters = SignatureAlgorithmOID.ED25519, []
-    elif isinstance(algorithm, hashes.SHA384):
-        oid, parameters = SignatureAlgorithmOID.ECDSA_WITH_SHA384, []
-    else:
-        oid, parameters = SignatureAlgorithmOID.ECDSA_WITH_SHA256, []
-    return join(SEQUENCE, encode(univ.ObjectIdentifier(oid.dotted_string)), *parameters)
-
-
-def _signature(key: PrivateKey, algorithm: hashes.SHA256 | hashes.SHA384 | None, content: bytes) -> bytes:
-    if isinstance(key, ed25519.Ed25519PrivateKey):
-        return key.sign(content)
-    if algorithm is None:
-        raise ValueError("a key of this kind does not sign without a hash")
-    if isinstance(key, rsa.RSAPrivateKey):
-        return key.sign(content, padding.PKCS1v15(), algorithm)
-    return key.sign(content, ec.ECDSA(algorithm))
 
 
 def _is_as_meant(der: bytes, issuer: Issuer, number: int, count: int, begin: datetime, end: datetime) -> bool:

@@ -66,7 +66,7 @@ def sequence_elements(der: bytes) -> list[bytes]:
 # --- Elements, without a schema -------------------------------------------------------------------------------------
 
 SEQUENCE, BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER = 0x30, 0x01, 0x02, 0x03, 0x04, 0x06
-UTF8_STRING, SET = 0x0C, 0x31
+UTF8_STRING, SET, UTC_TIME, GENERALIZED_TIME = 0x0C, 0x31, 0x17, 0x18
 MAX_ELEMENTS = 1000
 _MAX_LENGTH_BYTES = 4
 

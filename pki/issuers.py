@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, ExtensionOID, NameOID
+from pyasn1.type import univ
 
 from core.errors import CaKeyUnavailable, InputInvalid, IssuerUnusable, SettingInvalid
-from pki.algorithms import PrivateKey, check_public_key, public_key_der, signature_hash
+from pki.algorithms import PrivateKey, SignatureHash, check_public_key, public_key_der, signature_hash
+from pki.encoding import BOOLEAN, OCTET_STRING, SEQUENCE, encode, join
 
 # How far behind clients' clocks may be: devices without a battery, or before their first NTP, reject what is dated in
 # their future. So all dates that the CA puts into certificates, CRLs and OCSP responses to say when something began are
@@ -34,12 +35,25 @@ _URL = re.compile(r"https?://[!-~]+")
 SERIAL_BITS = 159  # with the sign bit, 20 bytes: the most that RFC 5280 §4.1.2.2 allows
 _ISSUER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
-Extension = x509.Extension[x509.ExtensionType]
+
+class Extension(x509.Extension[x509.ExtensionType]):
+    """An extension that is encoded once: most of a certificate's are those of the one before, too."""
+
+    @cached_property
+    def der(self) -> bytes:
+        """The extension as DER (RFC 5280 §4.1.2.9)."""
+        critical = [join(BOOLEAN, b"\xff")] if self.critical else []
+        return join(SEQUENCE, _oid(self.oid.dotted_string), *critical, join(OCTET_STRING, self.value.public_bytes()))
 
 
 def extension(value: x509.ExtensionType, *, critical: bool = False) -> Extension:
     """Return an extension with this value."""
-    return x509.Extension(value.oid, critical, value)
+    return Extension(value.oid, critical, value)
+
+
+@cache
+def _oid(dotted: str) -> bytes:
+    return encode(univ.ObjectIdentifier(dotted))
 
 
 # --- The authority ------------------------------------------------------------------------------------------------
@@ -79,8 +93,9 @@ class Issuer:
     above: tuple[x509.Certificate, ...] = field(default=(), repr=False)
     url_name: str = ""
     public_key_der: bytes = field(init=False, repr=False, compare=False)
+    subject_der: bytes = field(init=False, repr=False, compare=False)
     authority_key_identifier: Extension = field(init=False, repr=False, compare=False)
-    signature_hash: hashes.SHA256 | hashes.SHA384 | None = field(init=False, repr=False, compare=False)
+    signature_hash: SignatureHash = field(init=False, repr=False, compare=False)
     not_before: datetime = field(init=False, compare=False)
     not_after: datetime = field(init=False, compare=False)
     has_name_constraints: bool = field(init=False, repr=False, compare=False)
@@ -92,6 +107,7 @@ class Issuer:
         derived = {
             "url_name": self.url_name or self.name,
             "public_key_der": public_key_der(public_key),
+            "subject_der": self.certificate.subject.public_bytes(),
             "authority_key_identifier": _authority_key_identifier(self.name, self.certificate),
             "signature_hash": signature_hash(public_key),
             "not_before": max(one.not_valid_before_utc for one in (self.certificate, *self.above)),

@@ -20,7 +20,7 @@ from core.errors import FieldProblem, InputInvalid, ProfileRefused, Unavailable
 from core.states import ClientKind
 from core.topics import Topic
 from pki import est
-from pki.algorithms import KeyType, PublicKey, public_key_fingerprint
+from pki.algorithms import KeyType, PublicKey
 from pki.csr import Csr
 from pki.issuers import ONLY_UUID, DeviceContents, device_profile
 from pki.profiles import DEFAULT, CertificateProfile, CertificateTerms, Purpose
@@ -303,7 +303,7 @@ class CredentialIssuer:
             issuer_id=signer.id,
             serial_number=certificate.serial_number,
             fingerprint=certificate.fingerprint,
-            key_fingerprint=public_key_fingerprint(key),
+            key_fingerprint=certificate.key_fingerprint,
             der=certificate.der,
             not_before=certificate.not_before,
             not_after=certificate.not_after,

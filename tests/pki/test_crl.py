@@ -109,7 +109,7 @@ def test_what_is_signed_is_what_cryptography_encodes(key_type: KeyType, revoked:
     ends = SECOND + timedelta(days=1)
     signed = sign_crl(root, encode_entries(listed), number=300, this_update=NOW, next_update=ends)
     own = [root.authority_key_identifier, extension(x509.CRLNumber(300))]
-    builder = x509.CertificateRevocationListBuilder(root.certificate.subject, SECOND, ends, own, listed)
+    builder = x509.CertificateRevocationListBuilder(root.certificate.subject, SECOND, ends, [*own], listed)
     theirs = builder.sign(key, root.signature_hash)
     assert x509.load_der_x509_crl(signed).tbs_certlist_bytes == theirs.tbs_certlist_bytes
     if key_type is KeyType.RSA_2048 or key_type is KeyType.ED25519:  # whose signatures do not depend on chance

@@ -15,7 +15,7 @@ from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.broker_control import JOURNAL_FILE
 from operations.wiring import Portal, open_portal, prepare
-from pki import crl
+from pki import algorithms, crl
 from store.audit import Actor
 from tests.support.guard_stub import GuardStub
 from tests.support.harness import Clock, derived_quickly
@@ -56,7 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     with monkeypatch.context() as patch:
         patch.setattr(ca, "_signed", noted("certificate", ca._signed))
-        patch.setattr(crl, "_signature", noted("crl", crl._signature))
+        patch.setattr(crl, "signed", noted("crl", algorithms.signed))
         yield done
 
 
