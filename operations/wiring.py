@@ -397,7 +397,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
 def _questioners(base: _Foundation) -> Questioners:
     database, clock, first_tenant = base.database, base.clock, base.first_tenant
     probes = ProbeIdentities(database, first_tenant, clock)
-    return Questioners(base.settings, database, base.authority, clock, first_tenant, probes)
+    return Questioners(base.settings, database, base.authority, clock, first_tenant, probes, base.own_broker_id)
 
 
 def _tenants(base: _Foundation, answers: KeptAnswers) -> Tenants:

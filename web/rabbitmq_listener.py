@@ -7,13 +7,15 @@ import ssl
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from typing import Generic, TypeVar
 
 from broker.rabbitmq.answers import MAX_FORM_BYTES, Answers, read_form
 from broker.rabbitmq.followed import FollowedAnswers
 from config import Settings
 from core.broker_control import JOURNAL_FILE
-from core.errors import ClientCertificateRefused, InputInvalid, NotFound, PortalError, Unavailable
+from core.errors import InputInvalid, NotFound, PortalError, Unavailable
 from core.setting_values import Address
 from web.api.problems import of_error
 from web.mutual_tls import Conversation, MutualTlsListener, run_in_one_process
@@ -29,8 +31,11 @@ QUESTIONS = frozenset(("user", "vhost", "resource", "topic"))
 IDLE_SECONDS = 180.0
 ANSWER_SECONDS = 15.0
 MAX_OF_NODE = 400  # connections, of 1000 in all
-SURE_SECONDS = 1.0  # for which a certificate that counted is not looked up again,
+SURE_SECONDS = 1.0  # for which what the database said is not looked up again,
 UNSURE_SECONDS = 300.0  # and if the database does not answer
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 def run(settings: Settings, questioners: Questioners, stopping: threading.Event) -> None:
@@ -38,6 +43,31 @@ def run(settings: Settings, questioners: Questioners, stopping: threading.Event)
     run_in_one_process(
         settings.data_dir / LOCK, lambda event: RabbitmqListener(settings, questioners).serve(event), stopping
     )
+
+
+class _Known(Generic[_K, _V]):
+    """What the database says of a key, looked up once a second, or while it is away what it said minutes ago."""
+
+    def __init__(self, look: Callable[[_K], _V]) -> None:
+        self._look = look
+        self._known: dict[_K, tuple[_V, float]] = {}
+
+    def get(self, key: _K) -> _V:
+        """Return it; raise ``Unavailable`` if it is not known, and what looking it up raises."""
+        now, known = time.monotonic(), self._known.get(key)
+        if known is not None and now - known[1] < SURE_SECONDS:
+            return known[0]
+        try:
+            value = self._look(key)
+        except Unavailable:
+            if known is not None and now - known[1] < UNSURE_SECONDS:
+                return known[0]
+            raise
+        except PortalError:
+            self._known.pop(key, None)
+            raise
+        self._known[key] = value, now
+        return value
 
 
 class RabbitmqListener(MutualTlsListener):
@@ -51,7 +81,8 @@ class RabbitmqListener(MutualTlsListener):
         self._questioners = questioners
         journal = settings.broker_file(JOURNAL_FILE)
         self.answers = FollowedAnswers(lambda: Answers(journal, settings.topic_prefix), questioners.is_probe)
-        self._nodes: dict[bytes, tuple[str, float]] = {}  # by certificate: whose it is, and when that was looked up
+        self._nodes = _Known[bytes, str](lambda certificate: questioners.node_of(certificate))
+        self._least = _Known[None, int](lambda _: questioners.least_generation())
         self._of_node: Counter[str] = Counter()
 
     @property
@@ -73,21 +104,14 @@ class RabbitmqListener(MutualTlsListener):
 
         Raise ``ClientCertificateRefused`` if the certificate does not count, ``Unavailable`` if that is not known.
         """
-        now = time.monotonic()
-        node, seen_at = self._nodes.get(certificate, ("", -UNSURE_SECONDS))
-        if now - seen_at < SURE_SECONDS:
-            return node
-        try:
-            node = self._questioners.node_of(certificate)
-        except Unavailable:
-            if now - seen_at < UNSURE_SECONDS:
-                return node
-            raise
-        except ClientCertificateRefused:
-            self._nodes.pop(certificate, None)
-            raise
-        self._nodes[certificate] = node, now
-        return node
+        return self._nodes.get(certificate)
+
+    def allows(self, question: str, form: Mapping[str, str]) -> bool:
+        """Answer a question of a node.
+
+        Raise ``StateConflict`` if changes are enforced without this portal, ``Unavailable`` if that is not known.
+        """
+        return self.answers.allows(question, form, self._least.get(None))
 
     def converse(self, client: ssl.SSLSocket) -> None:
         """Answer a node."""
@@ -127,7 +151,7 @@ class _Conversation(Conversation):
                 raise NotFound("There is nothing at this path for RabbitMQ.")
             if form is None:
                 raise InputInvalid("The body is not a form, or names a field twice.")
-            answer = b"allow" if self._listener.answers.allows(question, form) else b"deny"
+            answer = b"allow" if self._listener.allows(question, form) else b"deny"
             self.extend(IDLE_SECONDS)
             self.send(HTTPStatus.OK, answer, "text/plain")
         except PortalError as error:

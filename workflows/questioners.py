@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 import ca
 import db
 from config import Settings
-from core.errors import ClientCertificateRefused, NotFound
+from core.errors import ClientCertificateRefused, NotFound, StateConflict
 from core.states import CertificateStatus
 from pki.algorithms import KeyType, private_key_pem
 from pki.client_certificates import common_name
 from pki.issuers import Reason, questioner_name
-from store import audit, certificates, issuers
+from store import audit, brokers, certificates, issuers
 from store.audit import Actor
 from store.certificates import CertificateRecord
 from store.database import Database
@@ -48,10 +48,26 @@ class Questioners:
     _clock: Callable[[], datetime]
     _first_tenant: str
     _probes: ProbeIdentities
+    _broker_id: int  # this portal's own
 
     def is_probe(self, identity: str) -> bool:
         """Return whether an identity is that of a certificate by which a portal probes the nodes."""
         return self._probes.has(identity)
+
+    def least_generation(self) -> int:
+        """Return the generation that the journal must have to be answered by: all brokers were once seen to enforce it.
+
+        Raise ``StateConflict`` if the portal's broker does not count: changes are enforced without it.
+        """
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            own = next((one for one in brokers.list_brokers(tx) if one.id == self._broker_id), None)
+            least = brokers.announced_generation(tx)
+        if own is None or not own.counts:
+            raise StateConflict(
+                "This portal was removed or declared away, so that it answers no RabbitMQ: stop it, or let it count"
+                " again (portal broker back)."
+            )
+        return least
 
     @property
     def client_cas(self) -> str:

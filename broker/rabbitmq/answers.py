@@ -120,13 +120,14 @@ class Answers:
         self.follow()
         return self.allows_as_read(question, form)
 
-    def allows_as_read(self, question: str, form: Mapping[str, str], *, is_probe: bool = False) -> bool:
+    def allows_as_read(self, question: str, form: Mapping[str, str], *, is_probe: bool = False, since: int = 0) -> bool:
         """Answer as ``allows`` does, by what was read of the journal; ``follow`` reads it.
 
-        ``is_probe`` if the identity is that of a probe certificate of a portal.
+        ``is_probe`` if the identity is that of a probe certificate of a portal. With a journal that is older than the
+        generation ``since`` everything is denied.
         """
         identity = form.get("username", "")
-        if self._is_damaged or self._seq <= 0:
+        if self._is_damaged or self._seq <= 0 or self._generation < since:
             return False
         if identity not in self._granted:
             return is_probe and self._allows_probe(question, form)

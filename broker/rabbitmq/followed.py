@@ -29,8 +29,8 @@ class FollowedAnswers:
         self._answers = new()
         self._is_reading = False
 
-    def allows(self, question: str, form: Mapping[str, str]) -> bool:
-        """Answer a question; see ``Answers.allows``."""
+    def allows(self, question: str, form: Mapping[str, str], since: int = 0) -> bool:
+        """Answer a question; see ``Answers.allows_as_read``."""
         identity = form.get("username", "")
         is_probe = not self._answers.knows(identity) and self._is_probe(identity)
         if not self._lock.acquire(timeout=WAIT_SECONDS):
@@ -39,7 +39,7 @@ class FollowedAnswers:
             if not self._answers.follow(SHORT_BYTES) and not self._is_reading:
                 self._is_reading = True
                 threading.Thread(target=self._read, name="rabbitmq journal", daemon=True).start()
-            return self._answers.allows_as_read(question, form, is_probe=is_probe)
+            return self._answers.allows_as_read(question, form, is_probe=is_probe, since=since)
         finally:
             self._lock.release()
 

@@ -17,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flask import Flask
 
+import db
 from app import portal_of
 from broker.rabbitmq import followed
 from broker.rabbitmq.answers import Answers
@@ -25,10 +26,13 @@ from core.broker_control import JOURNAL_FILE
 from core.errors import DatabaseUnavailable
 from core.rabbitmq_nodes import parse_rabbitmq_nodes
 from core.setting_values import Address
+from core.states import BrokerKind
 from operations.own_certificates import OwnCertificates
 from operations.wiring import Portal
 from pki.algorithms import private_key_pem
 from pki.csr import new_request, read_csr
+from store import brokers
+from store.scope import ALL_TENANTS
 from tests.support.guarded import guarded_app
 from tests.support.harness import Clock
 from tests.support.pki import PEM, Authority
@@ -59,9 +63,11 @@ class Server:
             "rabbitmq_url": "https://127.0.0.1",
         }
         self.settings = portal.settings.model_copy(update=of_cluster)
+        with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+            [own] = brokers.list_brokers(tx)
         probes = ProbeIdentities(portal.database, "default", portal.clock)
         self.questioners = Questioners(
-            self.settings, portal.database, portal.authority, portal.clock, "default", probes
+            self.settings, portal.database, portal.authority, portal.clock, "default", probes, own.id
         )
         self.own = OwnCertificates(
             self.settings,
@@ -223,6 +229,54 @@ def test_answers_outlive_the_database(server: Server, device: str, monkeypatch: 
     monkeypatch.setattr(Questioners, "node_of", away)
     assert server.ask(node, username=device) == (200, "allow")
     assert server.ask(server.node(server.b), username=device)[0] == 503  # it was not known before
+
+
+# --- A portal without which changes are enforced ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_broker(server: Server) -> str:
+    """The name of this portal's own broker, which is not the only one."""
+    with server.portal.database.transaction(sees=ALL_TENANTS) as tx:
+        [own] = brokers.list_brokers(tx)
+        brokers.add_broker(tx, "edge", BrokerKind.AGENT, at=server.portal.clock(), joined=True)
+    return own.name
+
+
+def test_a_portal_that_is_declared_away_answers_no_more_until_it_is_back(
+    server: Server, device: str, another_broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rabbitmq_listener, "SURE_SECONDS", 0.0)
+    with server.connected(server.node()) as connection:
+        assert ask(connection, username=device) == (200, "allow")
+        server.portal.brokers.declare_away(OPERATOR, another_broker, "its machine is lost")
+        status, said = ask(connection, username=device)
+        assert (status, "portal broker back" in said) == (409, True)
+    server.portal.brokers.declare_back(OPERATOR, another_broker)
+    assert server.ask(server.node(), username=device) == (200, "allow")
+
+
+def test_a_portal_that_was_removed_answers_no_more(
+    server: Server, device: str, another_broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rabbitmq_listener, "SURE_SECONDS", 0.0)
+    with server.portal.database.transaction(sees=ALL_TENANTS) as tx:
+        brokers.remove_broker(tx, brokers.get_broker(tx, another_broker), at=server.portal.clock())
+    assert server.ask(server.node(), username=device)[0] == 409
+
+
+def test_by_a_journal_that_lacks_what_was_enforced_everybody_is_denied(
+    server: Server, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a folder was restored from a snapshot, or while a portal that was away catches up."""
+    monkeypatch.setattr(rabbitmq_listener, "SURE_SECONDS", 0.0)
+    node = server.node()
+    assert server.ask(node, username=device) == (200, "allow")
+    with server.portal.database.transaction(sees=ALL_TENANTS) as tx:  # the journal is not written
+        [own] = brokers.list_brokers(tx)
+        newest = db.next_generation(tx, at=server.portal.clock())
+        brokers.set_applied_generation(tx, own.id, newest, applied_at=server.portal.clock())
+    assert server.ask(node, username=device) == (200, "deny")
 
 
 # --- Who is let in ---------------------------------------------------------------------------------------------------
