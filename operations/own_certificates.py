@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 import ca
 import db
 from broker.capath import FILE_MODE
-from broker.folder import broker_group
+from broker.folder import SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE, broker_group
 from broker.probe import ProbeCertificate, ProbeCertificates
 from broker_provisioning import BrokerProvisioning
 from config import PORTAL_CA_FILE, Settings
@@ -115,10 +115,18 @@ class OwnCertificates:
             return take(outside, settings, self._clock, write, served=served)
         keep_until_restart(settings)
         settings.broker_ca_file.unlink(missing_ok=True)
-        files = settings.broker_file("server.pem"), settings.broker_file("server.key")
-        if not self._is_due(*files, settings.broker_names):
-            return False
+        files = settings.broker_file(SERVER_CERTIFICATE_FILE), settings.broker_file(SERVER_KEY_FILE)
+        # What the nodes of RabbitMQ have comes first: another portal may have written it for the same nodes.
+        of_nodes = [(folder / SERVER_CERTIFICATE_FILE, folder / SERVER_KEY_FILE) for folder in self._folders_of_nodes()]
+        for certificate, key in [*of_nodes, files]:
+            if not self._is_due(certificate, key, settings.broker_names):
+                return bool(of_nodes) and write(certificate.read_bytes(), key.read_bytes())
         return write(*self._issue_server(settings.broker_names))
+
+    def _folders_of_nodes(self) -> Mapping[Path, str]:
+        """Return the folders of RabbitMQ's nodes with a node's name each: the first one's, if several share one."""
+        settings = self._settings
+        return {node.folder or settings.broker_dir: node.name for node in reversed(settings.rabbitmq_nodes)}
 
     def _renew_https(self, *, served: bool) -> bool:
         settings = self._settings
@@ -141,9 +149,7 @@ class OwnCertificates:
         settings, renewed = self._settings, list[str]()
         if settings.rabbitmq_bind is not None and self._renew_listener("rabbitmq", settings.rabbitmq_url):
             renewed.append("server certificate for RabbitMQ")
-        # Nodes may share a folder: then they share the certificate of the first one.
-        folders = {node.folder or settings.broker_dir: node.name for node in reversed(settings.rabbitmq_nodes)}
-        for folder, node in folders.items():
+        for folder, node in self._folders_of_nodes().items():
             try:
                 if self._renew_node(node, folder):
                     renewed.append(f"certificate of {node}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from datetime import timedelta
@@ -28,6 +29,7 @@ from store.scope import ALL_TENANTS
 from tests.support.databases import POSTGRES_URL, postgres_database
 from tests.support.deployment import wait_until
 from tests.support.harness import derived_quickly, settings_for
+from tests.support.ports import free_port
 from tests.support.tenants import add_tenant
 from workflows import shared_files
 
@@ -273,6 +275,37 @@ def test_each_node_has_a_broker_that_counts_from_its_first_start(tmp_path: Path,
             assert brokers_of(other) == [("main", portal.node.id, True), ("second", joined.id, True)]
         nodes.remove(portal.database, ACTOR, "second", now=utc_now())
         assert brokers_of(portal) == [("main", portal.node.id, True)]
+
+
+def test_nodes_that_tell_one_rabbitmq_give_it_one_server_certificate(tmp_path: Path, url: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "password").touch(mode=0o600)
+    (tmp_path / "password").write_text("x" * 32)
+    listed = {"name": "rabbit@a", "mqtt": f"127.0.0.1:{free_port()}", "management": f"http://127.0.0.1:{free_port()}"}
+    of_cluster = {
+        "PORTAL_BROKER_CONTROL": "rabbitmq",
+        "PORTAL_RABBITMQ_NODES": json.dumps([listed | {"folder": str(tmp_path / "a")}]),
+        "PORTAL_RABBITMQ_PASSWORD_FILE": str(tmp_path / "password"),
+        "PORTAL_RABBITMQ_BIND": f"127.0.0.1:{free_port()}",
+        "PORTAL_RABBITMQ_URL": "https://localhost",
+    }
+    first, second = (
+        settings_for(tmp_path / name, PORTAL_DATABASE_URL=url, **of_cluster) for name in ("first", "second")
+    )
+    files = [tmp_path / "a" / name for name in ("server.pem", "server.key")]
+    with running(first) as portal:
+        prepare(portal)
+        nodes.join(second, code_of(portal), "second", now=utc_now())
+        with running(second) as other:
+            prepare(other)
+            assert [*portal.broker.files.damage(), *other.broker.files.damage()] == []
+            before = files[0].read_bytes()
+            for file in (*files, second.broker_file("server.pem")):
+                file.unlink()  # so that the second one makes the next one
+            for one in (other, portal):
+                one.own_certificates.renew()
+            assert files[0].read_bytes() != before
+            assert [*portal.broker.files.damage(), *other.broker.files.damage()] == []
 
 
 def test_what_program_the_broker_is_follows_from_its_control(tmp_path: Path) -> None:
