@@ -48,18 +48,21 @@ class Cluster:
     def answers(self, deadline: float) -> bool:
         """Return whether a node answers."""
         try:
-            return self._at_any(lambda one: one.get("/api/whoami", deadline), deadline) is not None
+            return self._at_any(lambda one, until: one.get("/api/whoami", until), deadline) is not None
         except BrokerUnavailable:
             return False
 
-    def _at_any(self, do: Callable[[Management], _T], deadline: float) -> _T:
-        """Do something at the node that answered last, else at the others; raise what the first raised."""
+    def _at_any(self, do: Callable[[Management, float], _T], deadline: float) -> _T:
+        """Do something at the node that answered last, else at the others; raise what the first raised.
+
+        Each is told until when it may take, so that one that hangs leaves time for the others.
+        """
         nodes, first = self.nodes(), self._preferred
         failed: BrokerUnavailable | None = None
         for number in range(len(nodes)):
-            index = (first + number) % len(nodes)
+            index, now = (first + number) % len(nodes), time.monotonic()
             try:
-                done = do(nodes[index])
+                done = do(nodes[index], now + (deadline - now) / (len(nodes) - number))
             except BrokerNotEnforcing:
                 raise
             except BrokerUnavailable as error:
@@ -75,21 +78,22 @@ class Cluster:
         Raise ``BrokerNotEnforcing`` if the cluster has another node running, has not all of them, or is not one
         cluster now; ``BrokerUnavailable`` if none answers.
         """
-        return self._at_any(lambda one: self._running_at(one, deadline), deadline)
+        return self._at_any(lambda one, until: self._running_at(one, until), deadline)
 
     def _running_at(self, node: Management, deadline: float) -> Set[str]:
         listed = node.get("/api/nodes?columns=name,running,partitions", deadline)
         try:
             running = {one["name"] for one in listed if one["running"]}
             known = {one["name"] for one in listed}
+            others, missing = sorted(running - self._names), sorted(self._names - known)
             parted = any(one.get("partitions") for one in listed)
         except (TypeError, KeyError) as error:
             raise BrokerUnavailable(f"{node.node.name} lists its cluster in an unknown way.") from error
-        if others := sorted(running - self._names):
+        if others:
             raise BrokerNotEnforcing(
                 f"The cluster has the node {others[0]}, which PORTAL_RABBITMQ_NODES does not name: name it there too."
             )
-        if missing := sorted(self._names - known):
+        if missing:
             raise BrokerNotEnforcing(
                 f"{missing[0]} is not in the cluster of {node.node.name}: correct PORTAL_RABBITMQ_NODES, or join it."
             )
@@ -101,7 +105,7 @@ class Cluster:
 
     def end(self, identity: str, deadline: float) -> None:
         """Close a client's connections, and delete its queues; raise ``BrokerUnavailable``."""
-        self._at_any(lambda one: _end(one, identity, self._vhosts, deadline), deadline)
+        self._at_any(lambda one, until: _end(one, identity, self._vhosts, until), deadline)
 
     def see_none(self, identity: str, names: Set[str], deadline: float) -> None:
         """See that a client has no connection, by what each of the nodes says, and close those that it has.
@@ -135,7 +139,7 @@ class Cluster:
 
     def connected(self, deadline: float) -> Mapping[str, datetime]:
         """Return who is connected by MQTT at all nodes, and since when; raise ``BrokerUnavailable``."""
-        return self._at_any(lambda one: dict(_connected(one, deadline)), deadline)
+        return self._at_any(lambda one, until: dict(_connected(one, until)), deadline)
 
 
 def _end(node: Management, identity: str, vhosts: Iterable[str], deadline: float) -> None:
@@ -146,7 +150,9 @@ def _end(node: Management, identity: str, vhosts: Iterable[str], deadline: float
 
 def _see_none(node: Management, identity: str, deadline: float) -> None:
     connections = path_of("connections", "username", identity)
-    while node.get(connections, deadline):
+    while (listed := node.get(connections, deadline)) != []:
+        if not isinstance(listed, list):  # nor is there none if the path is not there
+            raise BrokerUnavailable(f"{node.node.name} lists the connections of {identity} in an unknown way.")
         if time.monotonic() + _PAUSE >= deadline:
             raise BrokerUnavailable(f"{node.node.name} still has connections of {identity}, which it was told to end.")
         time.sleep(_PAUSE)
@@ -162,13 +168,15 @@ def _connected(node: Management, deadline: float) -> Iterator[tuple[str, datetim
                 yield from _client(one)
             if page >= int(said["page_count"]):
                 return
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise BrokerUnavailable(f"{node.node.name} lists connections in an unknown way.") from error
     raise BrokerUnavailable(f"{node.node.name} has more connections than {PAGE * MAX_PAGES}.")
 
 
 def _client(one: Mapping[str, Any]) -> Iterator[tuple[str, datetime]]:
     """Yield a connection that is known whole: of a new one there may be a part."""
+    if not isinstance(one, dict):
+        raise TypeError("a connection is an object")
     user, protocol, at = one.get("user"), one.get("protocol"), one.get("connected_at")
     is_mqtt = isinstance(protocol, str) and "MQTT" in protocol
     if isinstance(user, str) and is_mqtt and isinstance(at, int) and 0 <= at <= _LATEST_MS:

@@ -15,6 +15,7 @@ from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.rabbitmq_nodes import RabbitmqNode
 
 MAX_ANSWER = 8 << 20
+BLOCK = 256 << 10
 MAX_SECONDS = 10.0
 _CONNECTIONS = 4
 
@@ -102,10 +103,19 @@ class Management:
                 redirect=False,
                 preload_content=False,
             )
+            said, is_whole = b"", False
             try:
-                said = answer.read(MAX_ANSWER + 1)
+                while not is_whole and len(said) <= MAX_ANSWER:
+                    # The time-out is one of each part, of which there may be many.
+                    if time.monotonic() >= deadline:
+                        raise TimeoutError("no whole answer in time")
+                    part = answer.read1(BLOCK)
+                    said, is_whole = said + part, not part
             finally:
-                answer.release_conn()
+                if is_whole:
+                    answer.release_conn()
+                else:
+                    answer.close()
         except (HTTPError, OSError) as error:
             raise self._unavailable(f"does not answer ({_reason(error)})") from error
         return self._json(answer.status, said)
