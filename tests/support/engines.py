@@ -54,6 +54,7 @@ class Member:
         """Tell whether it shakes hands in so many seconds, and gets a message of its own back."""
         try:
             with self.tls(seconds) as client:
+                client.seconds = seconds
                 if client.connect(self.id) != 0 or client.subscribe(self.topic("#")) != SUBSCRIBED:
                     return False
                 client.publish(self.topic("echo"), b"echo")

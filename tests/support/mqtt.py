@@ -43,6 +43,7 @@ class MqttClient:
     version: int = 5
     messages: list[Message] = field(default_factory=list)
     session_present: bool = False
+    seconds: float = SECONDS  # for each answer
     _packet_id: int = 0
     _incoming: bytes = b""
 
@@ -114,14 +115,14 @@ class MqttClient:
 
     def receive(self) -> Message:
         """Return the next message, waiting for it."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + self.seconds
         while not self.messages:
             self._read_packet(deadline)
         return self.messages.pop(0)
 
     def wait_until_cut(self) -> None:
         """Wait until the broker has closed the connection."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + self.seconds
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             while True:
                 self._read_packet(deadline)
@@ -150,11 +151,11 @@ class MqttClient:
         return answer[2] if len(answer) > 2 else 0
 
     def _send(self, kind: int, body: bytes) -> None:
-        self.socket.settimeout(SECONDS)
+        self.socket.settimeout(self.seconds)
         self.socket.sendall(bytes([kind]) + _variable_length(len(body)) + body)
 
     def _wait_for(self, kind: int) -> bytes:
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + self.seconds
         while True:
             got, body = self._read_packet(deadline)
             if got == kind:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 import urllib.request
@@ -31,6 +32,10 @@ SERVER = shlex.split(os.environ.get("PORTAL_TEST_RABBITMQ", "/usr/lib/rabbitmq/b
 INSTALLED_FOLDER, INSTALLED_ANSWERS = "/etc/rabbitmq/portal", "https://portal.example.org:8444"
 USER = "portal-management"
 START_SECONDS, STOP_SECONDS = 90.0, 30.0
+
+
+# The portal looks at certificates; what a test asks of a node is for itself.
+_UNVERIFIED = ssl._create_unverified_context()  # noqa: S323
 
 
 def is_installed() -> bool:
@@ -53,7 +58,8 @@ class Node:
 
     @property
     def management_url(self) -> str:
-        return f"http://{self._cluster.address}:{self.management_port}"
+        scheme = "http" if self._cluster.is_local else "https"
+        return f"{scheme}://{self._cluster.address}:{self.management_port}"
 
     @property
     def log(self) -> str:
@@ -61,7 +67,7 @@ class Node:
 
     def launch(self) -> None:
         """Start it without waiting for anything."""
-        for name, text in self._configuration().items():
+        for name, text in {**self._configuration(), "inetrc": self._hosts()}.items():
             (self.folder / name).write_text(text)
         cookie = self.folder / ".erlang.cookie"
         if not cookie.exists():
@@ -78,8 +84,14 @@ class Node:
                 start_new_session=True,
             )
 
+    def _hosts(self) -> str:
+        """Erlang's own table of hosts, which is asked before the machine's."""
+        hosts = [f'{{host, {{{at.replace(".", ",")}}}, ["{name}"]}}.' for name, at in self._cluster.hosts.items()]
+        return "\n".join([*hosts, "{lookup, [file, native]}.\n"])
+
     def _environment(self) -> dict[str, str]:
         return {
+            "ERL_INETRC": str(self.folder / "inetrc"),
             "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
             "LANG": "C.UTF-8",
             "HOME": str(self.folder),
@@ -106,9 +118,13 @@ class Node:
         text = texts["rabbitmq.conf"].replace(INSTALLED_ANSWERS, self._cluster.answers_url)
         text = text.replace("0.0.0.0:8883", f"{self._cluster.address}:{self.mqtt_port}")
         text = text.replace("management.tcp.port = 15672", f"management.tcp.port = {self.management_port}")
+        if not self._cluster.is_local:  # as docs/how-to/rabbitmq.md says
+            text = text.replace("management.tcp.", "management.ssl.")
+            for option, name in (("cacertfile", "ca.pem"), ("certfile", "server.pem"), ("keyfile", "server.key")):
+                text += f"management.ssl.{option} = {self.portal_folder / name}\n"
         for number, port in enumerate(self.tenant_ports, 2):
             text += f"mqtt.listeners.ssl.{number} = 127.0.0.1:{port}\n"
-        text = text.replace("management.tcp.ip = 127.0.0.1", f"management.tcp.ip = {self._cluster.address}")
+        text = text.replace(".ip = 127.0.0.1", f".ip = {self._cluster.address}")
         text += f"default_user = {USER}\ndefault_pass = {self._cluster.password}\nlog.file.level = info\n"
         if len(self._cluster.nodes) > 1:
             text += "cluster_formation.peer_discovery_backend = classic_config\n"
@@ -147,7 +163,7 @@ class Node:
         login = base64.b64encode(f"{USER}:{self._cluster.password}".encode()).decode()
         request.add_header("Authorization", f"Basic {login}")
         request.add_header("Content-Type", "application/json")
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5, context=_UNVERIFIED) as answer:  # noqa: S310
             return json.loads(answer.read() or "null")
         return None
 
@@ -199,6 +215,8 @@ class RabbitmqCluster:
 
     def __init__(self, answers_url: str, nodes: int = 1, *, tenants: int = 0, address: str = "127.0.0.1") -> None:
         self.answers_url, self.address = answers_url, address
+        self.hosts: dict[str, str] = {}  # names that the nodes know, besides those of the machine
+        self.is_local = address == "127.0.0.1"
         self.tenants = tenants
         self.folder = short_folder(in_memory=True)
         self.cookie = secrets.token_hex(16).upper()

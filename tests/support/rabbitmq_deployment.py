@@ -32,8 +32,9 @@ class RabbitmqDeployment(Deployment):
         self._linked = linked
         self.links: dict[int, Link] = {}
         answers = free_port()
-        host = "localhost" if answers_at == "127.0.0.1" else answers_at
+        host = "localhost" if answers_at == "127.0.0.1" else "portal.test"
         self.cluster = RabbitmqCluster(f"https://{host}:{self._through(answers)}", nodes, address=at)
+        self.cluster.hosts = {host: answers_at}
         self.answers_link = self.links.get(answers)
         first = self.cluster.nodes[0]
         password = self.cluster.folder / "password"
@@ -64,7 +65,9 @@ class RabbitmqDeployment(Deployment):
         return {
             "name": node.name,
             "mqtt": f"{at}:{self._through(node.mqtt_port)}",
-            "management": f"http://{at}:{self._through(node.management_port)}",
+            "management": node.management_url.replace(
+                f":{node.management_port}", f":{self._through(node.management_port)}"
+            ),
             "folder": str(node.portal_folder),
         }
 
