@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -106,4 +105,4 @@ def parse_tenant_ports(value: str) -> Mapping[str, int]:
             raise ValueError(f"has a tenant whose name {error}") from None
     if len({*read.values()}) < len(read):
         raise ValueError("must have tenants each of which has its own port")
-    return MappingProxyType(read)
+    return read
