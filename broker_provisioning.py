@@ -91,6 +91,7 @@ class BrokerProvisioning:
         ``certificates``; sessions are ended in between. Raise as ``enforce``, ``disconnect`` and ``probe`` do.
         """
         shown = certificates if changes.disconnected or changes.in_doubt else None
+        failpoint("apply.before_proof")
         self.control.enforce(
             changes.generation,
             deadline,

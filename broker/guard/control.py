@@ -30,7 +30,6 @@ from broker.session import (
 )
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
-from core.failpoints import failpoint
 
 TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
 GUARD_VERSION = 2  # of the protocol with the plugin, which may speak a later one, too
@@ -137,7 +136,6 @@ class GuardControl(JournalControl, Mosquitto):
         self, generation: int, deadline: float, *, refused: str | None = None, shows: ProbeCertificate | None = None
     ) -> int:
         """Return once the guard has proven that the journal is in force; see ``broker.control.BrokerControl``."""
-        failpoint("apply.before_proof")
         position = self.files.position()
         if position is None or position.generation < generation:
             self._distrusted = True

@@ -33,7 +33,6 @@ from broker.rabbitmq.probe import Believed, NodeProbe, NodeStopped
 from broker.rabbitmq.vhosts import Vhosts
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
-from core.failpoints import failpoint
 
 # The nodes' auth_http.request_timeout: an answer that comes later is not taken. So for that long, and then for as long
 # as it is believed, a node may go by an answer that was given before a change.
@@ -104,7 +103,6 @@ class RabbitmqControl(JournalControl):
 
         See ``broker.control.BrokerControl``. Whoever is only granted something is answered so from now on.
         """
-        failpoint("apply.before_proof")
         started = time.monotonic()
         position = self.files.position()
         if position is None or position.generation < generation:
