@@ -14,7 +14,6 @@ import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -65,7 +64,8 @@ class MutualTlsListener(ABC):
         self.listening, self.stopping = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}  # until when each may take
-        self._unknown: Counter[str] = Counter()  # connections without a certificate that counts, by address
+        # Connections that have not shown a certificate that counts, the oldest first, with their addresses.
+        self._unknown: dict[socket.socket, str] = {}
         self._trusted: dict[str, float] = {}  # addresses, each until when
         self._context: tuple[object, ssl.SSLContext] | None = None
 
@@ -116,14 +116,24 @@ class MutualTlsListener(ABC):
                 client.close()
                 return
             self._open[client] = time.monotonic() + self.settings.request_timeout
-            self._unknown[address] += 1
+            self._unknown[client] = address
         threading.Thread(target=self._take, args=(client, address), name=self.name, daemon=True).start()
 
     def _may_come(self, address: str) -> bool:
+        """Tell whether another connection may come from an address; the oldest of those of others may end for it.
+
+        So whoever holds all that there are from many addresses keeps nobody out who has a handshake to do.
+        """
+        count = sum(other == address for other in self._unknown.values())
         if self._trusted.get(address, 0.0) > time.monotonic():
-            return self._unknown[address] < MAX_UNKNOWN_OF_TRUSTED
-        others = sum(count for other, count in self._unknown.items() if other not in self._trusted)
-        return others < MAX_UNKNOWN and self._unknown[address] < MAX_UNKNOWN_OF_ADDRESS
+            return count < MAX_UNKNOWN_OF_TRUSTED
+        if count >= MAX_UNKNOWN_OF_ADDRESS:
+            return False
+        others = [client for client, other in self._unknown.items() if other not in self._trusted]
+        if len(others) >= MAX_UNKNOWN:
+            del self._unknown[others[0]]
+            _end(others[0])
+        return True
 
     def _trust(self, address: str) -> None:
         now = time.monotonic()
@@ -146,19 +156,19 @@ class MutualTlsListener(ABC):
                 self._open[client] = time.monotonic() + seconds
 
     def _take(self, client: socket.socket, address: str) -> None:
-        is_known = False
         try:
             client.settimeout(self.settings.request_timeout)
             secure = self._tls().wrap_socket(client, server_side=True, do_handshake_on_connect=False)
             with self._lock:
                 self._open[secure] = self._open.pop(client)
+                if client in self._unknown:
+                    self._unknown[secure] = self._unknown.pop(client)
             client = secure
             secure.do_handshake()
             # Each device has a certificate of this CA, so that TLS alone does not tell clients from others.
             with contextlib.suppress(PortalError):  # the first request is answered with it
                 self.check(secure.getpeercert(binary_form=True) or b"")
-                self._known(address)
-                is_known = True
+                self._known(secure)
                 self._trust(address)
             self.converse(secure)
         except OSError as error:  # of TLS, too
@@ -166,18 +176,15 @@ class MutualTlsListener(ABC):
         except Exception:
             log.exception("a connection has failed", extra={"listener": self.name})
         finally:
-            if not is_known:
-                self._known(address)
+            self._known(client)
             with self._lock:
                 self._open.pop(client, None)
             client.close()
 
-    def _known(self, address: str) -> None:
-        """Count a connection from an address no longer as one without a certificate that counts."""
+    def _known(self, client: socket.socket) -> None:
+        """Count a connection no longer as one without a certificate that counts."""
         with self._lock:
-            self._unknown[address] -= 1
-            if not self._unknown[address]:
-                del self._unknown[address]
+            self._unknown.pop(client, None)
 
     def _tls(self) -> ssl.SSLContext:
         """Return the TLS context, made anew if a certificate of the portal's has changed."""

@@ -460,6 +460,18 @@ def test_others_keep_no_node_out(server: Server, device: str, monkeypatch: pytes
         assert server.ask(node, username=device) == (200, "allow")
 
 
+def test_a_node_that_was_not_seen_yet_is_let_in_though_others_hold_all_connections(
+    server: Server, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutual_tls, "MAX_UNKNOWN", 2)
+    with contextlib.ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(server.address, 30, (f"127.0.0.{host}", 0))) for host in (2, 3)
+        ]
+        assert server.ask(server.node(), username=device) == (200, "allow")
+        assert is_ended(silent[0])
+
+
 def test_many_connections_of_a_node_at_once_are_answered(server: Server, device: str) -> None:
     node, answers = server.node(), list[tuple[int, str]]()
     assert server.ask(node, username=device) == (200, "allow")
