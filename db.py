@@ -16,6 +16,7 @@ from core.states import CertificateStatus, ClientKind, DeviceStatus
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import Reason
 from store import keys
+from store.advances import ADVANCED
 from store.certificates import OF_DEVICE
 from store.database import UtcDateTime
 from store.deliveries import DeliveryRevocation, empty_answers
@@ -285,5 +286,6 @@ def next_generation(tx: Connection, *, at: datetime) -> int:
     It is one for all tenants, as the broker is: else it would not learn of the changes of some. Other nodes hear of it
     at the commit, where there are several brokers.
     """
+    tx.info[ADVANCED] = True
     statement = _ADVANCE if tx.dialect.name == "sqlite" else _ADVANCE_AND_TELL
     return int(tx.execute(statement, {"at": at}).scalar_one())

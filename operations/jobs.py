@@ -356,9 +356,7 @@ def start(portal: Portal) -> threading.Event:
         "events": portal.dispatcher.run,
     }
     if not portal.database.is_sqlite:
-        bodies["other nodes"] = functools.partial(
-            listen, portal.database, lambda waits: portal.reconciler.look(at_once=waits)
-        )
+        bodies["other nodes"] = functools.partial(listen, portal.database, functools.partial(_heard, portal))
         bodies["installation's jobs"] = functools.partial(run, portal, jobs=OF_ALL, lock=INSTALLATION_LOCK)
     if portal.settings.mail_server is not None:
         bodies["mail"] = functools.partial(run, portal, jobs=SEND_MAIL, lock=MAIL_LOCK)
@@ -367,6 +365,12 @@ def start(portal: Portal) -> threading.Event:
     for name, body in bodies.items():
         threading.Thread(target=body, args=(stopping,), name=name, daemon=True).start()
     return stopping
+
+
+def _heard(portal: Portal, waits: bool) -> None:
+    """Look for what another process has told; a request ``waits`` for it, or not."""
+    portal.database.advances.heard()
+    portal.reconciler.look(at_once=waits)
 
 
 def run(portal: Portal, stopping: threading.Event, jobs: tuple[Job, ...] = JOBS, lock: str = LEADER_LOCK) -> None:

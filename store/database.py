@@ -26,6 +26,7 @@ from core.errors import DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, Lock
 from core.fair_share import give_way
 from core.files import FileLock, folder_number
 from store import schema, scope
+from store.advances import ADVANCED, Advances
 from store.locks import Locks
 from store.shared_transactions import Item, Result, SharedTransactions
 
@@ -133,6 +134,7 @@ class Database:
         self._write_gate = FileLock(folder / WRITE_LOCK) if self.is_sqlite else None
         self.folder = folder
         self.locks = Locks(folder, None if self.is_sqlite else create_engine(url, LOCKS_AT_ONCE, claimed))
+        self.advances = Advances(folder, is_alone=self.is_sqlite)
         self._shared = SharedTransactions(self.transaction)
         self._locked = False  # whether the last writer waited in vain for the database to be free
         self._failed = False  # whether the last transaction that writes failed because of the database
@@ -160,6 +162,7 @@ class Database:
                 yield connection
             except BaseException as error:
                 self._failed |= isinstance(error, _UNAVAILABLE)
+                connection.info.pop(ADVANCED, None)
                 connection.rollback()
                 raise
             try:
@@ -169,6 +172,8 @@ class Database:
                 connection.invalidate()  # it may still be in the transaction, which the next user would find
                 raise
             self._failed = False
+            if connection.info.pop(ADVANCED, False):
+                self.advances.tell()
 
     def _begin(self, stack: ExitStack, patience: float, options: Mapping[str, Any]) -> Connection:
         """Return a connection whose transaction has begun and may write; ``stack`` ends what it takes."""

@@ -77,6 +77,19 @@ class AgentListener(MutualTlsListener):
         """Answer an agent."""
         _Conversation(client, self)
 
+    def serve(self, stopping: threading.Event) -> None:
+        """Serve until ``stopping`` is set, and follow the changes for all agents that wait."""
+        follow = self.portal.agent_feed.follow
+        following = threading.Thread(target=follow, args=(self.stopping,), name="agents' changes", daemon=True)
+        if self.address is not None:
+            following.start()
+        try:
+            super().serve(stopping)
+        finally:
+            self.stopping.set()
+            if self.address is not None:
+                following.join()
+
     @contextlib.contextmanager
     def counted(self, record: AgentRecord) -> Any:
         """Count a request of an agent in the body; raise ``Unavailable`` if it has too many."""

@@ -29,13 +29,14 @@ from store import brokers
 from store.presences import presence_of
 from store.scope import ALL_TENANTS
 from tests.support.guarded import guarded_app
-from tests.support.harness import Clock
+from tests.support.harness import ON_SQLITE, Clock
 from tests.support.pki import PEM, Authority
 from tests.support.ports import free_port
 from tests.workflows.agents.test_agents import der
 from tests.workflows.test_admission import OPERATOR, request_of
 from web import agent_listener, mutual_tls
 from web.agent_listener import AgentListener
+from workflows.agents import feed
 from workflows.agents.agents import AgentCertificate
 
 
@@ -248,6 +249,25 @@ def test_who_waits_is_answered_once_something_changes(server: Server) -> None:
     [(status, content)] = answers
     assert status == 200
     assert f"allow {device}".encode() in content
+
+
+@ON_SQLITE
+def test_who_waits_is_woken_and_does_not_look(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "LOOK_SECONDS", 3600.0)
+    advance = server.portal.registrations
+    advance.register(OPERATOR, request_of(1, csr=False))  # the follower waits for an hour from now on
+    agent, answers = server.agent(), list[tuple[int, Any]]()
+    page = page_of(server.ask(agent.context, "GET", CHANGES)[1])
+    names = server.portal.agent_feed.names()
+    path = f"{CHANGES}?since={page.mark.generation}&digest={page.mark.digest}&cas={names.cas}&crls={names.crls}&wait=60"
+    waiting = threading.Thread(target=lambda: answers.append(server.ask(agent.context, "GET", path)))
+    waiting.start()
+    device = advance.register(OPERATOR, request_of(2, csr=False)).device_id
+    waiting.join(30)
+    [(_, content)] = answers
+    assert f"allow {device}".encode() in content
+    monkeypatch.undo()
+    advance.register(OPERATOR, request_of(3, csr=False))
 
 
 def test_the_cas_and_crls_have_the_names_that_pages_tell(server: Server) -> None:

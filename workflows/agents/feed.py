@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 import ca
 from broker.guard.feed import MAX_IN_MEMORY, NOTHING, FeedDraft, Lines, Mark, Page, TrustNames
 from config import Settings
-from core.errors import StateConflict
+from core.errors import PortalError, StateConflict
 from store import agents, generations
 from store.agents import AgentRecord, Given
 from store.database import Database
@@ -34,7 +34,8 @@ log = logging.getLogger("portal.agents")
 
 PAGE_DEVICES, MAX_PAGE_BYTES = 20_000, MAX_IN_MEMORY
 KEPT_BYTES = 1 << 20  # of a page that several agents ask for at the same time
-LOOK_SECONDS, TRUST_SECONDS = 0.025, 1.0  # how often it is looked for changes, and for new CRLs, while anybody waits
+LOOK_SECONDS, TRUST_SECONDS = 1.0, 1.0  # how often it is looked for changes that nobody tells, and for new CRLs
+AGAIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,9 @@ class AgentFeed:
         self._making = threading.Lock()
         self._kept: _Kept | None = None
         self._changed = threading.Condition()
-        self._looking = False
+        self._looked_at = 0.0
         self._generation = 0
+        self._known_names: TrustNames | None = None
         self._names: tuple[float, TrustNames] | None = None
         self._cas: tuple[Issuers, str] | None = None
 
@@ -87,28 +89,41 @@ class AgentFeed:
         deadline = time.monotonic() + seconds
         self._look()
         while True:
-            if self._generation > start.generation or not start.is_last:
-                return True
-            left = deadline - time.monotonic()
-            if self.names() != seen or left <= 0 or not goes_on():
-                return False
             with self._changed:
-                mine = not self._looking  # one of those that wait looks for all of them
-                if not mine:
-                    self._changed.wait(min(left, 10 * LOOK_SECONDS))
-                    continue
-                self._looking = True
-            try:
-                time.sleep(min(left, LOOK_SECONDS))
+                if self._generation > start.generation or not start.is_last:
+                    return True
+                left = deadline - time.monotonic()
+                if self._known_names != seen or left <= 0 or not goes_on():
+                    return False
+                is_told = self._changed.wait(min(left, LOOK_SECONDS))
+                is_late = not is_told and time.monotonic() - self._looked_at >= LOOK_SECONDS
+                if is_late:  # nobody follows, or has been told: one of those that wait looks for all of them
+                    self._looked_at = time.monotonic()
+            if is_late:
                 self._look()
-            finally:
-                with self._changed:
-                    self._looking = False
-                    self._changed.notify_all()
+
+    def follow(self, stopping: threading.Event) -> None:
+        """Look for changes on behalf of all that wait, whenever one is told, until ``stopping`` is set."""
+        while not stopping.is_set():
+            try:
+                with self._database.advances.listening() as wait:
+                    while not stopping.is_set():
+                        wait(LOOK_SECONDS)
+                        self._look()
+            except (PortalError, OSError) as error:
+                log.error("agents are told of changes late", extra={"problem": str(error)})
+                stopping.wait(AGAIN_SECONDS)
 
     def _look(self) -> None:
+        """Read how far changes have come; wake those that wait if they have."""
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            self._generation = max(0, generations.get_broker_state(tx).generation)
+            generation = max(0, generations.get_broker_state(tx).generation)
+        names = self.names()
+        with self._changed:
+            self._looked_at = time.monotonic()
+            if (generation, names) != (self._generation, self._known_names):
+                self._generation, self._known_names = generation, names
+                self._changed.notify_all()
 
     def page(self, record: AgentRecord, start: Given) -> Page:
         """Return the changes after a page, up to the newest generation or one before, if they are many."""
