@@ -135,6 +135,9 @@ class Agent:
                 pause = once()
             except PortalError as error:
                 pause = self._failed(error)
+            except OSError as error:  # such as on a full disk
+                pause = self._failed(problem := Unavailable(f"The agent's files fail: {error.strerror or error}."))
+                self._tell(problem.detail)
             except Exception:
                 log.exception("failed unexpectedly")
                 pause = AGAIN_SECONDS
@@ -158,8 +161,15 @@ class Agent:
     def _keep(self, **changes: object) -> None:
         state = dataclasses.replace(self._state, **changes)  # type: ignore[arg-type]
         if state != self._state:
-            self._state = state
+            self._write_state(state)
+
+    def _write_state(self, state: State) -> None:
+        """Note how far it has come; with an older note, as on a full disk, it begins with more after a restart."""
+        self._state = state
+        try:
             self._folder.keep_state(state)
+        except OSError as error:
+            log.error("how far the agent has come is not noted", extra={"problem": error.strerror})
 
     # --- Following the portal
 
@@ -221,8 +231,7 @@ class Agent:
         self._heard = boot_seconds()
         if not 0 <= self._state.age(utc_seconds()) < KEPT_SECONDS:
             with self._lock:
-                self._state = self._state.heard(utc_seconds())
-                self._folder.keep_state(self._state)
+                self._write_state(self._state.heard(utc_seconds()))
 
     def _age(self) -> float:
         """Return how old its knowledge is, in seconds: by the time of day, too, if that says more."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +121,19 @@ def test_a_device_is_connected_at_the_broker_where_it_is_and_moves_to_another(sh
     assert connection_of(portal, other)["connected"] is True
     stays.close()
     wait_until(lambda: connection_of(portal, other)["connected"] is False)
+
+
+def test_the_certificate_of_an_agent_lets_nobody_in_at_a_broker(shared: Edge, tmp_path: Path) -> None:
+    portal = shared.portal
+    device = portal.onboard("victim")
+    pair = (shared.data / "agent" / "agent.pem").read_text()
+    shutil.copy(device.folder / "ca.pem", tmp_path)
+    start = pair.index("-----BEGIN CERTIFICATE")
+    (tmp_path / "device.key").write_text(pair[:start])
+    (tmp_path / "chain.pem").write_text(pair[start:])
+    wait_until(shared.is_enforcing)
+    for port in (shared.port, device.port):
+        assert Onboarded(device.id, tmp_path, port).refusal()
 
 
 def test_a_suspended_device_is_refused_there_until_it_is_resumed(shared: Edge) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from store import brokers, generations
 from store.agents import AgentRecord, Given
 from store.scope import ALL_TENANTS
 from tests.operations.agent.conftest import Place, register
+from tests.support.deployment import wait_until
 from tests.support.guard_stub import GuardStub, journal_lines
 from tests.support.links import Link
 from tests.workflows.test_admission import OPERATOR
@@ -236,6 +239,40 @@ def test_a_clock_that_was_set_back_before_a_restart_makes_old_knowledge_no_newer
     assert read_access(place.journal)[device] == f"allow {device}"
     again.look()
     assert not again.state.denies_all
+
+
+def test_a_full_disk_is_told_and_ends_nothing(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def problem() -> str:
+        with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+            return brokers.get_broker(tx, "edge").problem or ""
+
+    monkeypatch.setattr(agents, "SIGN_SECONDS", 0.0)
+    monkeypatch.setattr(agents, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(agents, "AGAIN_SECONDS", 0.05)
+    agent, stopping = place.agent(), threading.Event()
+    agent.follow(0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(folder, "replace_file", full)
+        register(portal)
+        agent.follow(0)  # the journal took it, and how far the agent has come can be found out again
+        assert applied(portal) == newest(portal)
+        patched.setattr(GuardDraft, "install", full)
+        running = threading.Thread(target=agent.run, args=(stopping,))
+        running.start()
+        register(portal, 2)
+        wait_until(lambda: "No space left" in problem())
+        guard.stopped = True
+    register(portal, 3)
+    wait_until(lambda: "guard" in problem())
+    guard.stopped = False
+    wait_until(lambda: applied(portal) == newest(portal))
+    stopping.set()
+    running.join(30)
 
 
 def test_a_broker_that_shows_an_older_certificate_is_restarted(
