@@ -367,7 +367,7 @@ class Accepts:
     def __init__(self, portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
         self.anybody, self.probes = False, 0
         monkeypatch.setattr(Probe, "run", lambda *_: self._run())
-        monkeypatch.setattr(portal.broker, "enforce", lambda generation, deadline, *, certificates: generation)
+        monkeypatch.setattr(portal.broker.control, "enforce", lambda generation, deadline, **_: generation)
         monkeypatch.setattr(portal.broker.control, "waits", lambda deadline: None)
 
     def _run(self) -> ProbeResult:
