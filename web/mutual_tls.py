@@ -207,7 +207,8 @@ class MutualTlsListener(ABC):
 
 def _end(client: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        client.shutdown(socket.SHUT_RDWR)
+        # Not the method of a TLS socket, which takes from its thread what that may be using.
+        socket.socket.shutdown(client, socket.SHUT_RDWR)
 
 
 class Conversation(BaseHTTPRequestHandler):
