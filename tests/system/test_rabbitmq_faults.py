@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not is_installed(), reason="rabbitmq-server is not installed"),
 ]
 HELD_UP_SECONDS = 2.0  # how long a node is tried that may be held up
-RECOVERY_SECONDS = 10.0
+RECOVERY_SECONDS = 30.0  # a third of that on a machine without other work
 PATIENCE = 60.0  # of a client among a thousand
 
 
@@ -132,7 +132,7 @@ def cluster_of(site: Engine):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Engine]:
-    with RabbitmqDeployment(3, PORTAL_ENFORCE_TIMEOUT="5") as deployment:
+    with RabbitmqDeployment(3, PORTAL_ENFORCE_TIMEOUT="10") as deployment:
         deployment.wait_ready()
         yield Engine(deployment)
 
@@ -145,7 +145,7 @@ def revocations(site: Engine) -> Revocations:
 @pytest.fixture(scope="module")
 def linked() -> Iterator[RabbitmqDeployment]:
     """Its portal and nodes reach each other by links; a node that does not run is one that does not answer there."""
-    with RabbitmqDeployment(3, linked=True, PORTAL_ENFORCE_TIMEOUT="5") as deployment:
+    with RabbitmqDeployment(3, linked=True, PORTAL_ENFORCE_TIMEOUT="10") as deployment:
         deployment.wait_ready()
         yield deployment
 
@@ -186,6 +186,8 @@ def test_a_node_is_held_up_and_goes_on_as_if_nothing_had_been(site: Engine, revo
     revocations.check()
 
 
+# requests leaves the connections of a killed server to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_portal_is_killed_and_started_again(site: Engine, revocations: Revocations) -> None:
     with revocations.going_on():
         kill(site.deployment)
@@ -264,7 +266,7 @@ def test_on_a_link_that_loses_packets_between_portal_and_nodes() -> None:
             PORTAL_BIND=f"{namespace.inside}:{free_port()}",
             PORTAL_SERVER_NAMES=f"localhost,{namespace.inside}",
             PORTAL_BROKER_NAMES=f"localhost,{namespace.outside}",
-            PORTAL_ENFORCE_TIMEOUT="8",
+            PORTAL_ENFORCE_TIMEOUT="10",
         )
         made.url = f"https://{made.environment['PORTAL_BIND']}"
         made.under = ("ip", "netns", "exec", namespace.name)
