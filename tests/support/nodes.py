@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+import psycopg
+
+from store.advisory import AdvisoryLock
 from tests.support import programs
 from tests.support.databases import postgres_database
-from tests.support.deployment import Deployment, is_answered, wait_until
+from tests.support.deployment import Deployment, Onboarded, is_answered, wait_until
 from tests.support.ports import free_port
 from tests.support.programs import SERVER, Process
 
@@ -26,6 +31,7 @@ defaults
     timeout connect 2s
     timeout client 60s
     timeout server 60s
+    timeout check 10s
     retries 3
     option redispatch 1
 frontend portal
@@ -36,6 +42,17 @@ backend nodes
     option httpchk GET /healthz
 {servers}
 """
+FOR_AGENTS = """\
+frontend agents
+    bind {address}
+    default_backend listeners
+backend listeners
+    balance roundrobin
+{servers}
+"""
+
+
+GRANTED = ("Success", "No matching subscribers")
 
 
 class JoinedNode(Deployment):
@@ -55,7 +72,8 @@ class JoinedNode(Deployment):
     def start_portal(self, *, others: dict[str, str] | None = None) -> Process:
         """Start the server; returns once it answers."""
         with self.log.open("ab") as log:
-            process = programs.start(SERVER, ["serve"], env=self.environment, stdout=log, stderr=log, under=self.under)
+            given = self.environment | (others or {})
+            process = programs.start(SERVER, ["serve"], env=given, stdout=log, stderr=log, under=self.under)
         self.processes.append(process)
         wait_until(lambda: is_answered(f"{self.url}/healthz") or process.poll() is not None)
         assert process.poll() is None, self.log.read_text()
@@ -63,6 +81,54 @@ class JoinedNode(Deployment):
         self.session.verify = self.first.session.verify
         self.session.headers["Authorization"] = self.first.session.headers["Authorization"]
         return process
+
+
+def is_let_in(device: Onboarded) -> bool:
+    """Whether a broker lets a device publish."""
+    try:
+        client = device.client()
+    except (OSError, AssertionError):
+        return False
+    try:
+        return client.publish(f"devices/{device.id}/x") in GRANTED
+    except queue.Empty:  # its connection was cut before the answer
+        return False
+    finally:
+        client.close()
+
+
+def leaders(node: Deployment) -> list[int]:
+    """The database's processes that hold the lock of the jobs of all nodes."""
+    number = AdvisoryLock(None, ".installation.lock")._number  # type: ignore[arg-type]
+    with psycopg.connect(node.environment["PORTAL_DATABASE_URL"].replace("+psycopg", "")) as connection:
+        query = (
+            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND objsubid = 2 AND granted"
+            " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        return [pid for (pid,) in connection.execute(query, (number,))]
+
+
+@contextmanager
+def by_another_clock(node: Deployment, ahead: str) -> Iterator[None]:
+    """Restart a node with a clock that is off, and back at the end."""
+    node.stop_portal()
+    usual = node.environment
+    node.environment = usual | {
+        "LD_PRELOAD": str(next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))),
+        "FAKETIME": ahead,
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "PYTHONPATH": str(node.folder),
+    }
+    # libfaketime 0.9.10 fails at the system call that time.sleep() is made of.
+    (node.folder / "sitecustomize.py").write_text(
+        "import select, time\ntime.sleep = lambda seconds: select.select([], [], [], seconds) and None\n"
+    )
+    node.start_portal()
+    wait_until(lambda: node.call("GET", "/readyz").status_code == 200)
+    yield
+    node.stop_portal()
+    node.environment = usual
+    node.start_portal()
 
 
 def kill(node: Deployment) -> None:
@@ -90,18 +156,9 @@ class Installation:
     nodes: list[Deployment]
     url: str
 
-    @contextmanager
-    def without(self, node: Deployment) -> Iterator[None]:
-        """Have the load balancer give a node no new connections, until it is well again at the end."""
-        name = f"nodes/node{self.nodes.index(node)}"
-        self._order(f"set server {name} state drain")
-        wait_until(lambda: self._sessions(name) == 0)
-        yield
-        self._order(f"set server {name} state ready")
-        wait_until(lambda: "UP" in self._row(name)[17])
-
-    def _sessions(self, name: str) -> int:
-        return int(self._row(name)[4])
+    def is_up(self, node: Deployment) -> bool:
+        """Whether the load balancer gives a node connections."""
+        return "UP" in self._row(f"nodes/node{self.nodes.index(node)}")[17]
 
     def _row(self, name: str) -> list[str]:
         backend, server = name.split("/")
@@ -116,27 +173,45 @@ class Installation:
 
 
 @contextmanager
-def installation(count: int, **environment: str) -> Iterator[Installation]:
-    """An installation of several nodes behind haproxy, on a database of its own unless one is given."""
+def installation(
+    count: int, *, agents: str = "", brokerless: Collection[int] = (), **environment: str
+) -> Iterator[Installation]:
+    """An installation of several nodes behind haproxy, on a database of its own unless one is given.
+
+    Nodes with the numbers ``brokerless`` have no broker. With ``agents``, an address of this machine's, agents reach
+    the nodes by haproxy, too.
+    """
     with ExitStack() as stack:
         url = environment.get("PORTAL_DATABASE_URL") or stack.enter_context(postgres_database())
         front = free_port()
         given = {"PORTAL_SERVER_NAMES": "localhost,127.0.0.1", **environment, "PORTAL_DATABASE_URL": url}
-        first = stack.enter_context(Deployment(**given))
-        nodes = [first, *(stack.enter_context(JoinedNode(first, **given)) for _ in range(count - 1))]
+        for_agents = f"{agents}:{free_port()}"
+        own: list[dict[str, str]] = [{} for _ in range(count)]
+        for number, more in enumerate(own):
+            if agents:
+                more |= {"PORTAL_AGENTS_BIND": f"127.0.0.1:{free_port()}", "PORTAL_AGENTS_URL": f"https://{for_agents}"}
+            if number in brokerless:
+                more["PORTAL_BROKER_CONTROL"] = "none"
+        first = stack.enter_context(Deployment(**given, **own[0]))
+        nodes = [first, *(stack.enter_context(JoinedNode(first, **given, **more)) for more in own[1:])]
         for node in nodes:
             node.wait_ready()
-        stack.enter_context(_haproxy(first, front, nodes))
+        stack.enter_context(_haproxy(first, front, nodes, for_agents if agents else ""))
         yield Installation(nodes, f"https://127.0.0.1:{front}")
 
 
 @contextmanager
-def _haproxy(first: Deployment, port: int, nodes: list[Deployment]) -> Iterator[None]:
+def _haproxy(first: Deployment, port: int, nodes: list[Deployment], for_agents: str) -> Iterator[None]:
     addresses = [node.environment["PORTAL_BIND"] for node in nodes]
-    checked = "check check-ssl verify none inter 500 fall 1 rise 1"
+    checked = "check check-ssl verify none inter 500 fall 2 rise 1"
     servers = "\n".join(f"    server node{number} {at} {checked}" for number, at in enumerate(addresses))
     file = first.folder / "haproxy.cfg"
-    file.write_text(HAPROXY.format(port=port, servers=servers, socket=first.folder / "haproxy.sock"))
+    text = HAPROXY.format(port=port, servers=servers, socket=first.folder / "haproxy.sock")
+    if for_agents:
+        listeners = [node.environment["PORTAL_AGENTS_BIND"] for node in nodes]
+        lines = (f"    server agents{number} {at} check inter 500" for number, at in enumerate(listeners))
+        text += FOR_AGENTS.format(address=for_agents, servers="\n".join(lines))
+    file.write_text(text)
     program = shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin") or "haproxy"
     with subprocess.Popen([program, "-db", "-f", str(file)], stderr=subprocess.DEVNULL) as process:
         try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,6 +70,17 @@ class Cluster:
     def promote(self) -> None:
         """Make the standby the first again."""
         self.run("pg_ctl", "promote", "-w", "-s")
+
+    def kill_at_once(self) -> None:
+        """SIGKILL to the server's first process, and start it again once its others have ended by themselves."""
+        os.kill(self.processes()[0], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return self.start()
+            except subprocess.CalledProcessError:  # what they share is still in use
+                if time.monotonic() > deadline:
+                    raise
 
     def kill(self) -> None:
         """Stop it as a crash does: what was not durable is gone."""
