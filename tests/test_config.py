@@ -269,7 +269,7 @@ def test_a_listener_that_other_machines_reach_with_no_front_server_is_known(
 
 # --- The control of the broker ----------------------------------------------------------------------------------------
 
-GUARD, FILES, RABBITMQ = ControlKind
+GUARD, FILES, RABBITMQ, _ = ControlKind
 
 
 @pytest.mark.parametrize(
