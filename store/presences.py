@@ -154,7 +154,7 @@ def connected_at(
     tx: Connection, broker_id: int, *, limit: int, after: str = "", upto: str | None = None
 ) -> Sequence[Place]:
     """Return identities of all tenants that may be connected at a broker, in their order, after ``after``."""
-    removed = Presence.broker_id.not_in(sa.select(Broker.id))
+    removed = sa.or_(Presence.broker_id.is_(None), Presence.broker_id.not_in(sa.select(Broker.id)))
     here = sa.or_(Presence.broker_id == broker_id, Presence.also_at.is_not(None), removed)
     query = sa.select(*_COLUMNS, removed.label("is_removed"))
     query = query.where(Presence.identity > after, Presence.state == PresenceState.CONNECTED, here)

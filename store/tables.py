@@ -259,7 +259,8 @@ class Presence(OfTenant, Base):
     state: Mapped[int] = mapped_column(sa.SmallInteger)  # a PresenceState
     # Since when it is connected; when it was seen last, if it is offline; when it was added, if it was never seen.
     since: Mapped[datetime]
-    broker_id: Mapped[int | None] = mapped_column(sa.Integer)  # of that connection
+    # Of that connection; NULL also if that was at a broker which is not of this installation.
+    broker_id: Mapped[int | None] = mapped_column(sa.Integer, info={"names": "brokers"})
     # When a connection at another broker ended that was newer than this one, if one did.
     left_at: Mapped[datetime | None]
     # Further connections, by the id of the broker: each since when, in Unix time. NULL for none.

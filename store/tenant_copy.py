@@ -35,10 +35,14 @@ class Renumbering:
     def change(self, name: str, row: dict[str, Any]) -> dict[str, Any]:
         """Return a row with its new id and those of the rows that it refers to, which must have come before.
 
+        What it says of a row of the installation, which no tenant's backup has, is not known here: it becomes NULL.
         Raises ``BackupRefused`` if it refers to a row that did not.
         """
         changed = dict(row)
         for column, referred in _references(name).items():
+            if referred not in self._new:
+                changed[column] = None
+                continue
             if changed[column] is not None and changed[column] not in self._new[referred]:
                 raise BackupRefused(f"A row of {name} in the backup refers to one that is missing; use another backup.")
             changed[column] = self._new[referred].get(changed[column])
@@ -50,8 +54,9 @@ class Renumbering:
 
 
 def _references(name: str) -> dict[str, str]:
-    """Return the columns of a table that refer to rows which are renumbered, with the tables of these."""
-    return {
+    """Return the columns of a table that refer to rows by their numbers, with the tables of these."""
+    named = {column.name: column.info["names"] for column in METADATA.tables[name].c if "names" in column.info}
+    return named | {
         column.name: key.column.table.name
         for column in METADATA.tables[name].c
         for key in column.foreign_keys

@@ -29,6 +29,7 @@ from store import audit, issuers, keys, tenant_copy, tenants
 from store import copy as store_copy
 from store.audit import Actor
 from store.profile_tables import DeviceName
+from store.scope import ALL_TENANTS
 from store.tables import METADATA, Certificate, Device, IssuerRow, Tenant, Webhook
 from tests.operations.backup.test_restore_journal import is_whole, killed
 from tests.support.backups import copied, opened, put_back
@@ -140,6 +141,14 @@ def test_what_counts_rows_of_the_whole_installation_is_renumbered_with_all_that_
         for column in METADATA.tables[name].c:
             if isinstance(column.type, sa.Integer) and column.name.endswith("_id"):
                 assert column.name in tenant_copy._references(name), f"{name}.{column.name}"
+
+
+def test_a_restored_connection_is_at_no_broker_of_this_installation(
+    settings: Settings, fleet: Fleet, clock: Clock
+) -> None:
+    with opened(settings, clock) as portal, portal.database.transaction(sees=ALL_TENANTS) as tx:
+        changed = tenant_copy.Renumbering(tx).change("presences", {"identity": "a", "broker_id": 1})
+    assert changed == {"identity": "a", "broker_id": None}
 
 
 # --- Restored in the place of what is there ---------------------------------------------------------------------------
