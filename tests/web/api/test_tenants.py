@@ -12,6 +12,7 @@ from flask import Flask
 from app import portal_of
 from broker.guard.control import TENANTS_VERSION
 from config import Settings
+from core.broker_control import ControlKind
 from core.errors import BrokerUnavailable
 from core.roles import Role
 from tests.support.guarded import guarded_app
@@ -167,7 +168,7 @@ def test_a_tenant_needs_a_guard_that_knows_tenants(system: Api, app: Flask, monk
     assert "install" in problem_of(system.post("/tenants", {"name": "acme"}), 409, "guard_needed")["detail"]
     portal.settings.broker_socket.unlink()
     problem_of(system.post("/tenants", {"name": "acme"}), 503, BrokerUnavailable.code)
-    files = portal.settings.model_copy(update={"broker_control": "files"})
+    files = portal.settings.model_copy(update={"broker_control": ControlKind.FILES})
     monkeypatch.setattr(portal.tenants, "_settings", files)
     problem = problem_of(system.post("/tenants", {"name": "acme"}), 409, "guard_needed")
     assert "PORTAL_BROKER_CONTROL=guard" in problem["detail"]
