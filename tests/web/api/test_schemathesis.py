@@ -176,7 +176,7 @@ RULES = {
 
 
 def fit_body(body: dict[str, Any], there: There) -> None:
-    existing = RULES | {"groups": [there.parts_of_paths["group"]]}
+    existing = RULES | {"groups": [there.parts_of_paths["group"]], "url": INSIDE, "address": "edge-1.example.com"}
     body.update({name: rule for name, rule in existing.items() if body.get(name)})
     if body.get("csr") is not None:
         body["csr"] = there.csr
@@ -197,8 +197,6 @@ def fit_body(body: dict[str, Any], there: There) -> None:
         body.pop("attestation", None)
     for name in ("ek_certificate", "ak_public", "policy_id"):  # nobody makes up a TPM
         body.pop(name, None)
-    if "url" in body:
-        body["url"] = INSIDE
     if len(json.dumps(body.get("metadata"), ensure_ascii=False).encode()) > METADATA_BYTES:
         body["metadata"] = {}
     for index, topic in enumerate(body.get("topics") or ()):
