@@ -13,6 +13,12 @@ from tests.support.engines import ENGINES, SUBSCRIBED, Engine, Member, engine
 from tests.support.mqtt import MqttClient, Will
 
 pytestmark = pytest.mark.system
+# A node of RabbitMQ takes 10 s to stop and start, and says every 5 s who is connected.
+LONG_AT_RABBITMQ = pytest.mark.parametrize(
+    "site",
+    [pytest.param(name, marks=[pytest.mark.long] if name == "rabbitmq" else []) for name in ENGINES],
+    indirect=True,
+)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -176,6 +182,7 @@ def connection(site: Engine, device: Member) -> dict[str, Any] | None:
     return found
 
 
+@LONG_AT_RABBITMQ
 def test_the_portal_says_who_is_connected_and_when_a_device_was_last_seen(site: Engine) -> None:
     device = site.device()
     with device.connected() as client:
@@ -213,6 +220,7 @@ def test_while_the_portal_is_away_nobody_comes_back_who_was_revoked_and_the_othe
     assert not revoked.is_admitted()
 
 
+@LONG_AT_RABBITMQ
 def test_after_a_restart_of_the_broker_those_who_were_revoked_stay_out_and_sleepers_have_what_came(
     site: Engine,
 ) -> None:
