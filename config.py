@@ -277,7 +277,10 @@ class Settings(BaseSettings):
         "", "Command that restarts the broker, for what it reads at its start only; none if empty"
     )
     broker_group: Text = setting("", "Group that may read the broker's files; mosquitto if empty and permitted")
-    enforce_timeout: Annotated[float, seconds(0.1, 120)] = setting("5", "Seconds a request waits for the broker")
+    enforce_timeout: Annotated[float, seconds(0.1, 120)] = derived(
+        lambda data: "10" if data["broker_control"] is ControlKind.RABBITMQ else "5",
+        "Seconds a request waits for the broker; if empty 5, at RabbitMQ 10",
+    )
     agent_deny_all_after: Annotated[float, seconds(0, 31536000)] = setting(
         "0", "Seconds without the portal after which an agent's broker denies every device; 0: never"
     )

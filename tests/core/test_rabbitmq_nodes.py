@@ -108,6 +108,7 @@ def test_a_cluster_is_asked_by_the_names_of_the_docs() -> None:
     settings = Settings.from_env(CLUSTER)
     assert settings.rabbitmq_url == "https://portal.example.org:8445"
     assert (settings.rabbitmq_user, settings.rabbitmq_cache_seconds, settings.mqtt_tls) == ("portal", 1, "1.2")
+    assert settings.enforce_timeout == 10
     assert settings.broker_control.by_journal
 
 

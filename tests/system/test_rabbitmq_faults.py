@@ -132,7 +132,7 @@ def cluster_of(site: Engine):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Engine]:
-    with RabbitmqDeployment(3, PORTAL_ENFORCE_TIMEOUT="10") as deployment:
+    with RabbitmqDeployment(3, PORTAL_ENFORCE_TIMEOUT="") as deployment:
         deployment.wait_ready()
         yield Engine(deployment)
 
@@ -145,7 +145,7 @@ def revocations(site: Engine) -> Revocations:
 @pytest.fixture(scope="module")
 def linked() -> Iterator[RabbitmqDeployment]:
     """Its portal and nodes reach each other by links; a node that does not run is one that does not answer there."""
-    with RabbitmqDeployment(3, linked=True, PORTAL_ENFORCE_TIMEOUT="10") as deployment:
+    with RabbitmqDeployment(3, linked=True, PORTAL_ENFORCE_TIMEOUT="") as deployment:
         deployment.wait_ready()
         yield deployment
 
@@ -266,7 +266,7 @@ def test_on_a_link_that_loses_packets_between_portal_and_nodes() -> None:
             PORTAL_BIND=f"{namespace.inside}:{free_port()}",
             PORTAL_SERVER_NAMES=f"localhost,{namespace.inside}",
             PORTAL_BROKER_NAMES=f"localhost,{namespace.outside}",
-            PORTAL_ENFORCE_TIMEOUT="10",
+            PORTAL_ENFORCE_TIMEOUT="",
         )
         made.url = f"https://{made.environment['PORTAL_BIND']}"
         made.under = ("ip", "netns", "exec", namespace.name)
