@@ -345,7 +345,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         authority=authority,
         broker=base.broker,
         reconciler=reconciler,
-        agents=BrokerAgents(settings, database, authority, reconciler, clock, first_tenant),
+        agents=BrokerAgents(settings, database, authority, reconciler, answers, clock, first_tenant),
         agent_presences=AgentPresences(database, clock),
         agent_feed=AgentFeed(settings, database, authority, reconciler.crls, clock),
         questioners=(questioners := _questioners(base)),

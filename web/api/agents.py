@@ -60,11 +60,12 @@ class JoinedModel(AnswerModel):
     "/brokers",
     Permission.BROKERS,
     Answers("The broker with the code of its agent, which is shown only once", status=201),
-    errors=(409,),
+    errors=(404, 409),
+    idempotency_key=True,
 )
 def add_broker(call: Call, body: BrokerRequest) -> NewBrokerModel:
     """Add a broker elsewhere, which an agent beside it is to join."""
-    added = call.portal.agents.add(call.actor, body.name, body.address)
+    added = call.portal.agents.add(call.actor, body.name, body.address, call.idempotency_key)
     return NewBrokerModel(
         name=added.broker.name,
         address=added.broker.address or "",

@@ -36,6 +36,7 @@ from store.database import Database
 from store.scope import ALL_TENANTS
 from workflows.authority.issuers import Authority, RecordedIssuer
 from workflows.authority.own import PROBE_DAYS, record_own
+from workflows.delivery import KeptAnswers, MadeSecret
 from workflows.enforcement import note_applied
 from workflows.reconciliation import Reconciler
 
@@ -113,34 +114,41 @@ class BrokerAgents:
         database: Database,
         authority: Authority,
         reconciler: Reconciler,
+        answers: KeptAnswers,
         clock: Callable[[], datetime],
         first_tenant: str,
     ) -> None:
         self._settings = settings
         self._database = database
         self._authority = authority
+        self._answers = answers
         self._reconciler = reconciler
         self._clock = clock
         self._first_tenant = first_tenant
 
     # --- Joining
 
-    def add(self, actor: Actor, name: str, address: str) -> NewAgent:
+    def add(self, actor: Actor, name: str, address: str, idempotency_key: str | None = None) -> NewAgent:
         """Add a broker elsewhere, which counts once its agent has joined; return the code for that.
 
-        ``address`` is what clients connect to, HOST or HOST:PORT. Raise ``StateConflict`` if agents cannot reach this
-        portal or the name is taken, ``InputInvalid`` for an address that is none.
+        ``address`` is what clients connect to, HOST or HOST:PORT. Requests with one ``idempotency_key`` add one. Raise
+        ``StateConflict`` if agents cannot reach this portal or the name is taken, ``InputInvalid`` for an address that
+        is none, ``IdempotencyConflict``, and at a repeat ``NotFound`` if the broker has been removed since.
         """
         if self._settings.agents_bind is None:
             raise StateConflict("Agents cannot reach this portal: set PORTAL_AGENTS_BIND, then start it again.")
         address = checked_address(address)
-        now, code = self._clock(), secrets.token_hex(16)
-        expires_at = now + CODE_LIFE
-        with self._database.transaction(sees=ALL_TENANTS) as tx:
+        now, new = self._clock(), MadeSecret("broker", name, secrets.token_hex(16))
+
+        def write(tx: Connection) -> None:
             broker = brokers.add_broker(tx, name, BrokerKind.AGENT, at=now, joined=False, address=address)
-            agents.add_agent(tx, broker.id, code=code, expires_at=expires_at)
+            agents.add_agent(tx, broker.id, code=new.secret, expires_at=now + CODE_LIFE)
             audit.record(tx, actor, "broker:add", f"broker:{name}", at=now, address=address)
-        return NewAgent(broker, code, expires_at)
+
+        made = self._answers.secret_once(actor, idempotency_key, [name, address], new, write)
+        with self._database.snapshot() as tx:
+            broker = brokers.get_broker(tx, name)
+        return NewAgent(broker, made.secret, broker.created_at + CODE_LIFE)
 
     def join(self, code: str, csr: str) -> Joined:
         """Certify the key of an agent that has the code; from now on its broker counts, and nothing is enforced there.

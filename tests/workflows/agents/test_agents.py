@@ -16,7 +16,14 @@ from flask import Flask
 from app import portal_of
 from broker.guard.feed import NOTHING, Mark, Page, PageReader, split_lines
 from config import Settings
-from core.errors import ClientCertificateRefused, CsrInvalid, InputInvalid, NotFound, StateConflict
+from core.errors import (
+    ClientCertificateRefused,
+    CsrInvalid,
+    IdempotencyConflict,
+    InputInvalid,
+    NotFound,
+    StateConflict,
+)
 from operations.wiring import Portal
 from pki.csr import new_request
 from store import agents, brokers, generations
@@ -95,6 +102,24 @@ def test_a_broker_elsewhere_counts_once_its_agent_has_joined(portal: Portal) -> 
     assert state_of(portal).counts
     answer = portal.revocations.revoke(OPERATOR, device, "unspecified")
     assert (answer.enforced, answer.problem) == (False, "edge was not seen to enforce it yet.")
+
+
+def test_a_repeat_with_the_same_key_adds_no_second_broker_and_has_the_same_code(portal: Portal) -> None:
+    key = "a-key-of-a-request"
+    first = portal.agents.add(OPERATOR, "edge", "edge.example.org", key)
+    assert portal.agents.add(OPERATOR, "edge", "edge.example.org", key) == first
+    with pytest.raises(StateConflict):
+        portal.agents.add(OPERATOR, "edge", "edge.example.org")
+    with pytest.raises(IdempotencyConflict):
+        portal.agents.add(OPERATOR, "edge-2", "edge.example.org", key)
+    portal.agents.join(first.code, csr())
+
+
+def test_a_repeat_after_the_broker_was_removed_finds_none(portal: Portal) -> None:
+    portal.agents.add(OPERATOR, "edge", "edge.example.org", "a-key-of-a-request")
+    portal.brokers.remove(OPERATOR, "edge", "edge")
+    with pytest.raises(NotFound):
+        portal.agents.add(OPERATOR, "edge", "edge.example.org", "a-key-of-a-request")
 
 
 def test_an_agent_learns_whom_to_trust_and_where(portal: Portal) -> None:
