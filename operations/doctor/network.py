@@ -110,7 +110,8 @@ def certificate_of_broker(installation: Installation) -> Finding:
     for ca_file in settings.probe_ca_files:
         if ca_file.exists():
             context.load_verify_locations(ca_file)
-    context.load_cert_chain(installation.probe_certificates.good.certificate, installation.probe_certificates.good.key)
+    shown = installation.probe_certificates.good
+    context.load_cert_chain(_readable(shown.certificate), _readable(shown.key))
     where = " or ".join(map(str, settings.probe_addresses))
     try:
         with (
@@ -222,8 +223,14 @@ def _get(connection: http.client.HTTPConnection, path: str) -> _Answer:
 def _context(ca_file: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_verify_locations(ca_file)
+    context.load_verify_locations(_readable(ca_file))
     return context
+
+
+def _readable(path: Path) -> Path:
+    """Return the path of a file that can be read; else raise ``OSError``, which names it, as those of ssl do not."""
+    with path.open("rb"):
+        return path
 
 
 def _target(address: Address) -> tuple[str, int]:

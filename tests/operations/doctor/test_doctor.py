@@ -25,6 +25,7 @@ from operations.doctor import authority, data, doctor, network
 from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
 from operations.doctor.doctor import examine, exit_status
 from operations.doctor.mosquitto import bridge_warnings, mistakes, read_configuration, size_warnings, version_of
+from operations.own_certificates import probe_certificates
 from operations.wiring import Portal, prepare
 from pki.profiles import CertificateProfile
 from store import tenants
@@ -635,6 +636,13 @@ def test_what_keeps_several_checks_from_being_made_is_said_once(tmp_path: Path, 
     assert {"CRL", "links", "tokens"}.isdisjoint({finding.name for finding in findings})
     assert not (tmp_path / "nothing.db").exists()
     assert all("unexpectedly" not in finding.detail for finding in findings)
+
+
+def test_a_file_that_is_missing_is_named(portal: Portal) -> None:
+    for path in (portal.settings.broker_file("ca.pem"), probe_certificates(portal.settings).good.key):
+        path.rename(path.with_suffix(".gone"))
+        assert str(path) in examined(portal, "broker certificate")["broker certificate"].detail
+        path.with_suffix(".gone").rename(path)
 
 
 def test_what_each_tenant_has_is_looked_at(portal: Portal) -> None:
