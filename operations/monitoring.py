@@ -15,13 +15,14 @@ from sqlalchemy.engine import Connection
 from config import Settings
 from core.errors import PortalError
 from core.metrics import Gauge
+from operations import node_settings
 from operations.outside_certificates import outside_certificates
 from operations.tenant_gauges import EXPIRING, tenant_gauges
 from operations.tenant_readiness import Check, TenantReadiness, crl_problem, key_problem, validity_problem
 from pki.crl import sign_crl
 from pki.keys.contract import check_that_it_signs
 from pki.keys.token_keys import is_in_token
-from store import brokers, generations, issuers
+from store import brokers, generations, issuers, nodes
 from store import issuers as store_issuers
 from store.counts import counts_of
 from store.database import Database
@@ -89,6 +90,18 @@ class Readiness:
             return nodes
         each = [Check(f"broker {one.record.name}", f"broker_{one.standing}", one.sentence) for one in found]
         return each + nodes
+
+    def nodes(self) -> list[Check]:
+        """Return a check of the settings that nodes have in common, where there are several; it prevents nothing."""
+        if self._database.is_sqlite:
+            return []
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            if len(nodes.working(tx)) < 2:
+                return []
+            found = node_settings.differences(tx)
+        return [
+            Check("settings of nodes", "node_settings_differ", node_settings.sentence_about(found) if found else None)
+        ]
 
     def _database_problem(self) -> None:
         self._database.ping()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from operations import authority, nodes
+from operations import authority, node_settings, nodes
 from operations.command_base import opened_portal, print_table, settings_of_app, without_traceback
 from operations.wiring import utc_now
 from store import audit
@@ -44,16 +44,27 @@ def join(name: str, code: str) -> None:
 
 @click.command("nodes")
 @click.option("--remove", metavar="NAME", help="Forget a node that works no more, with the broker beside it.")
+@click.option(
+    "--change",
+    metavar="SETTING",
+    help="Let nodes start with different values of a setting for an hour, to change it at one after another.",
+)
 @without_traceback
-def show_nodes(remove: str | None) -> None:
-    """List the nodes of the installation, or forget one."""
+def show_nodes(remove: str | None, change: str | None) -> None:
+    """List the nodes of the installation, with the settings in which they differ; or forget one."""
     with opened_portal() as portal:
+        if change is not None:
+            actor = audit.system_actor(portal.first_tenant)
+            ends = node_settings.let_change(portal.database, actor, change, now=portal.clock())
+            click.echo(f"May differ     until {ends:%Y-%m-%d %H:%M} UTC: restart each node with the new value by then")
+            return
         if remove is not None:
             nodes.remove(portal.database, audit.system_actor(portal.first_tenant), remove, now=portal.clock())
             click.echo(f"Removed        {remove}")
             return
         with portal.database.snapshot(sees=ALL_TENANTS) as tx:
             found = [(one, store_nodes.works(tx, one)) for one in store_nodes.list_nodes(tx)]
+            differing = node_settings.differences(tx)
     rows = [
         (
             one.name,
@@ -65,6 +76,8 @@ def show_nodes(remove: str | None) -> None:
         for one, works in found
     ]
     print_table(("name", "state", "last seen", "version", "joined"), rows)
+    if differing:
+        click.echo(node_settings.sentence_about(differing), err=True)
 
 
 @click.group("rabbitmq")

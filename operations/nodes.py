@@ -20,7 +20,7 @@ from core.errors import StartupError, StateConflict
 from core.files import FileLock, folder_number, replace_file
 from core.server_command import server_command
 from core.states import BrokerKind
-from operations import data_folder
+from operations import data_folder, node_settings
 from store import audit, brokers, nodes, schema
 from store.audit import Actor
 from store.brokers import BrokerRecord
@@ -100,6 +100,7 @@ def _join(settings: Settings, database: Database, code: str, name: str, *, now: 
         secrets_hash = hash_of_secrets(settings)
         if secrets_hash is None:
             raise StartupError("The other nodes have not given their secrets; make another code at one of them.")
+        node_settings.check(tx, node_settings.hashes_of(settings), None)
         node = nodes.add_node(tx, name_of(name), folder_number(settings.data_dir), secrets_hash)
         actor = audit.system_actor(DEFAULT_TENANT)
         audit.record(tx, actor, "node:join", f"node:{node.name}", at=now)

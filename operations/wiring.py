@@ -23,7 +23,7 @@ from core.pages import Layout, PageFile, Pages
 from core.rates import Rates
 from core.served_tenants import ServedTenants
 from core.throttle import Throttle
-from operations import data_folder, nodes
+from operations import data_folder, node_settings, nodes
 from operations.monitoring import Monitoring, Readiness
 from operations.own_certificates import OwnCertificates, probe_certificates
 from operations.tenant_readiness import TenantReadiness
@@ -457,6 +457,7 @@ def prepare(portal: Portal) -> None:
     """Renew the portal's own certificates that are due and write the broker's files, before either serves."""
     settings = portal.settings
     with FileLock(settings.data_dir / ".setup.lock").hold():
+        node_settings.enter(settings, portal.database, portal.node)  # before anything is granted by them
         for folder in (settings.data_dir, *data_folder.own_folders(settings), settings.broker_dir):
             remove_leftovers(folder)
         if settings.has_broker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
@@ -28,6 +29,8 @@ class Node(Base):
     seen_at: Mapped[datetime | None]
     version: Mapped[str | None] = mapped_column(sa.String(32))
     own_issuer: Mapped[str | None] = mapped_column(sa.String(63))
+    # Of its last start: a keyed hash of each setting that nodes have in common.
+    settings: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
 
 
 class NodeInvitation(Base):
@@ -39,6 +42,16 @@ class NodeInvitation(Base):
     code_hash: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
     sealed_key: Mapped[bytes] = mapped_column(sa.LargeBinary)
     expires_at: Mapped[datetime]
+
+
+class SettingChange(Base):
+    """A setting, by its field, with which nodes may start though others that work have another value of it."""
+
+    __tablename__ = "setting_changes"
+    __table_args__ = OF_NODES
+
+    field: Mapped[str] = mapped_column(sa.String(63), primary_key=True)
+    ends_at: Mapped[datetime]
 
 
 class SharedFile(Base):

@@ -17,7 +17,7 @@ from core.files import folder_number
 from core.server_command import server_command
 from store.database import Database, columns_of, hash_of
 from store.locks import InstallationLock, lock_installation
-from store.node_tables import Node, NodeInvitation, SharedFile
+from store.node_tables import Node, NodeInvitation, SettingChange, SharedFile
 from store.scope import ALL_TENANTS
 
 SIGN_SECONDS = 10.0  # between two signs of life of a node
@@ -36,6 +36,7 @@ class NodeRecord:
     seen_at: datetime | None
     version: str | None
     own_issuer: str | None
+    settings: Mapping[str, str] | None
 
 
 _ALL = sa.select(*columns_of(NodeRecord, Node)).order_by(Node.id)
@@ -93,10 +94,43 @@ def works(tx: Connection, node: NodeRecord) -> bool:
     return bool(tx.execute(_WORKS, {"folders": server.FOLDERS, "folder": node.folder}).scalar_one())
 
 
+_FOLDERS = sa.text(
+    "SELECT objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND classid = :folders AND granted"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
+
+def working(tx: Connection) -> Sequence[NodeRecord]:
+    """Return the nodes on whose data folders a portal works, in the order in which they joined."""
+    from store import postgresql as server
+
+    folders = {*tx.execute(_FOLDERS, {"folders": server.FOLDERS}).scalars()}
+    return [record for record in list_nodes(tx) if record.folder in folders]
+
+
 def sign_of_life(tx: Connection, node_id: int, *, version: str, own_issuer: str) -> None:
     """Record that a node works, which version of the portal it runs, and which CA its own certificates are of."""
     values = {"seen_at": _NOW, "version": version, "own_issuer": own_issuer}
     tx.execute(sa.update(Node).where(Node.id == node_id).values(**values))
+
+
+def set_settings(tx: Connection, node_id: int, hashes: Mapping[str, str]) -> None:
+    """Record the settings with which a node starts, by a hash of each."""
+    tx.execute(sa.update(Node).where(Node.id == node_id).values(settings=dict(hashes)))
+
+
+def let_setting_change(tx: Connection, field: str, *, life: timedelta) -> datetime:
+    """Let nodes start with different values of a setting for a while; return when that ends."""
+    ends = _NOW + life
+    added = postgresql.insert(SettingChange).values(field=field, ends_at=ends)
+    changed = added.on_conflict_do_update(index_elements=[SettingChange.field], set_={"ends_at": ends})
+    ended: datetime = tx.execute(changed.returning(SettingChange.ends_at)).scalar_one()
+    return ended
+
+
+def changing_settings(tx: Connection) -> frozenset[str]:
+    """Return the settings that may differ now."""
+    return frozenset(tx.execute(sa.select(SettingChange.field).where(SettingChange.ends_at > _NOW)).scalars())
 
 
 # --- Entering --------------------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from config import Settings
 from core.roles import Role
 from core.server_command import client_command, server_command
 from core.states import PENDING_DELIVERY
+from operations import node_settings
 from operations.data_folder import own_folders
 from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
 from pki.outer_chain import decode_above
 from pki.profiles import is_own_name, violated_constraint
-from store import brokers, generations, grants, schema, tenants
+from store import brokers, generations, grants, nodes, schema, tenants
 from store.issuers import IssuerRecord
 from store.names import living_names
 from store.tables import Delivery
@@ -36,6 +37,18 @@ from workflows.profiles import list_profiles
 
 LOW_BYTES, TOO_LOW_BYTES = 1 << 30, 100 << 20
 LATE = timedelta(minutes=5)
+
+
+def settings_of_nodes(installation: Installation) -> Finding:
+    """Check that the nodes which work now have the same settings, as far as these belong to all."""
+    if installation.settings.database_url.startswith("sqlite"):
+        return well("There is one node.")
+    with installation.snapshot() as tx:
+        working = nodes.working(tx)
+        found = node_settings.differences(tx)
+    if not found:
+        return well(f"The nodes that work have the same settings: {summarize([one.name for one in working])}.")
+    return warning(node_settings.sentence_about(found), "Or see docs/nodes.md, if they are being changed.")
 
 
 def data_folder(installation: Installation) -> Finding:

@@ -64,6 +64,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("CRL entries", broker.crl_entries),
     ("probe certificates", network.probe),
     ("generation", data.generation),
+    ("settings of nodes", data.settings_of_nodes),
     ("links", data.links),
     ("device names", data.device_names),
     ("certificate profiles", data.certificate_profiles),

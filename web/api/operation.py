@@ -82,9 +82,15 @@ def _told(check: Check, tell: bool) -> CheckModel:
 
 
 def _of_brokers(call: Call, tell: bool) -> list[CheckModel]:
-    """Return a check for each broker, where there are several, for those who may know: a portal is ready without."""
+    """Return a check for each broker and one of the nodes, where there are several: a portal is ready without.
+
+    Who may not know gets none.
+    """
     try:
-        return [_told(check, True) for check in call.portal.readiness.brokers()] if tell else []
+        if not tell:
+            return []
+        readiness = call.portal.readiness
+        return [_told(check, True) for check in (*readiness.brokers(), *readiness.nodes())]
     except DatabaseUnavailable:
         return []
 

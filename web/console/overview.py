@@ -60,7 +60,7 @@ def _checks(visit: Visit) -> list[Check]:
     several = portal.tenant_terms.are_several
     runs_it = actor.role == Role.SYSTEM if several else actor.tenant_id == portal.first_tenant
     checks = [_named(check, tell=runs_it) for check in portal.readiness.checks()]
-    checks += portal.readiness.brokers() if runs_it else []
+    checks += [*portal.readiness.brokers(), *portal.readiness.nodes()] if runs_it else []
     if several and (own := portal.tenant_readiness.failed().get(actor.tenant_id)) is not None:
         checks.append(own)
     return checks
