@@ -145,14 +145,21 @@ class Draft(CheckedAccess, Protocol):
         Then it is installed without them, and they follow by ``BrokerControl.publish_crls``.
         """
 
+    def grants_ahead(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
+        """Return whether it may be installed while what was installed before is still being proven.
+
+        Then it is installed without CRLs, and those whom it grants something can connect. What it takes away a later
+        reconciliation proves. The arguments are those of ``puts_off_crls``.
+        """
+
     def install(self, generation: int, trust: Trust | None) -> bool:
         """Write it for the broker as ``generation``, which need not be in force then: see ``BrokerControl.enforce``.
 
         Return whether the broker is given the CRLs of ``trust`` now; if not, it has them within minutes. With ``None``
-        CRLs and CAs stay as they are, for a draft that ``puts_off_crls``, and ``BrokerControl.enforce`` makes the rest
-        durable. Raise ``ProjectionInvalid`` if a check fails or a newer generation is installed, ``BrokerUnavailable``
-        if it cannot be written; then nothing has changed for the broker. One process at a time: the caller holds the
-        lock.
+        CRLs and CAs stay as they are, for a draft that ``puts_off_crls`` or ``grants_ahead``, and
+        ``BrokerControl.enforce`` makes the rest durable. Raise ``ProjectionInvalid`` if a check fails or a newer
+        generation is installed, ``BrokerUnavailable`` if it cannot be written; then nothing has changed for the broker.
+        One process at a time: the caller holds the lock.
         """
 
     def discard(self) -> None:

@@ -108,6 +108,7 @@ class Reconciler:
             settings, lambda deadline: broker.waits(probe_certificates, deadline), self._active_devices
         )
         self._lock = FileLock(settings.data_dir / ".pass.lock")
+        self._installing = FileLock(settings.data_dir / ".install.lock")  # from a draft until it is installed
         self.steps = StepsFile(settings.data_dir / STEPS_FILE)
         self.crls = CrlPublication(settings, database, authority, broker, probe_certificates, clock, first_tenant)
         self._counting = threading.Lock()
@@ -218,6 +219,8 @@ class Reconciler:
 
         A broker that is not running will read the files at its start, so that they are enough.
         """
+        if self._broker.control.grants_when_written and self._is_granted_ahead(generation):
+            return
         outcome = self.apply(generation)
         if outcome.covers(generation):
             self.wait_for_restart()
@@ -225,6 +228,30 @@ class Reconciler:
             self._broker.control.grants_when_written or not self.broker_answers()
         ):
             raise Unavailable("The broker does not know the device's newest state yet; try again in a few seconds.")
+
+    def _is_granted_ahead(self, generation: int) -> bool:
+        """Write for the broker what it lacks, while others may be proving what was written before; return whether.
+
+        Who is only granted something needs no proof. What is taken away by it the next reconciliation proves.
+        """
+        if self._last[1].covers(generation):
+            return True
+        give_up_share()
+        try:
+            with self._installing.hold(self._settings.enforce_timeout):
+                if (self._broker.files.installed_generation() or 0) < generation:
+                    with self._database.snapshot(sees=ALL_TENANTS) as tx:
+                        state, draft, issuers = self._begin(tx, BrokerTenants(tx))
+                    if not draft.grants_ahead(issuers.broker_ca, issuers.tenants):
+                        draft.discard()
+                        return False
+                    _log_closed(draft)
+                    draft.install(state.generation, None)
+        except PortalError as error:
+            log.warning("a grant waits for the next reconciliation", extra={"problem": error.detail})
+            return False
+        self.wake()
+        return True
 
     def wait_for_restart(self) -> None:
         """Wait until the broker has all, if that takes a restart which is due soon; else leave it to the jobs."""
@@ -262,7 +289,7 @@ class Reconciler:
         """Write the files of the newest generation without telling the broker, which may not run yet."""
         if not self._has_broker:
             return self._sign_for_others()
-        with self._lock.hold():
+        with self._lock.hold(), self._installing.hold():
             try:
                 target = self._prepare(with_crls=True)
             except TokenUnavailable as error:
@@ -438,10 +465,11 @@ class Reconciler:
     def _run(self, progress: _Progress, deadline: float) -> None:
         started = time.monotonic()
         failpoint("apply.begin")
-        target = progress.target = self._prepare()
-        generation, progress.enforced = target.state.generation, target.state.applied_generation
-        steps = progress.steps = Progress(self.steps, progress.enforced, generation, self._clock())
-        has_crls = self._install(target)
+        with self._installing.hold(self._settings.enforce_timeout):
+            target = progress.target = self._prepare()
+            generation, progress.enforced = target.state.generation, target.state.applied_generation
+            steps = progress.steps = Progress(self.steps, progress.enforced, generation, self._clock())
+            has_crls = self._install(target)
         progress.installed = generation
         failpoint("apply.after_install")
         in_doubt = bool(target.crls) or target.in_doubt
@@ -500,11 +528,8 @@ class Reconciler:
         draft: Draft | None = None
         try:
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
-                state = brokers.own_state(tx, self._broker_id)
-                draft = self._broker.draft(state.applied_generation)
-                issuers = self._authority.seen_by(tx)
                 known = BrokerTenants(tx)
-                complete_draft(draft, tx, issuers, self._clock(), known)
+                state, draft, issuers = self._begin(tx, known)
                 failpoint("apply.after_snapshot")
                 disconnected, revoked, narrowed = self._sessions_to_end(tx, known, since=state.applied_generation)
             puts_off = not with_crls and draft.puts_off_crls(issuers.broker_ca, issuers.tenants)
@@ -518,6 +543,17 @@ class Reconciler:
             if draft is not None:
                 draft.discard()
             raise
+
+    def _begin(self, tx: Connection, known: BrokerTenants) -> tuple[BrokerStateRecord, Draft, Issuers]:
+        """Draft what a snapshot says; the caller holds the lock until it is installed, or discards it."""
+        state, issuers = brokers.own_state(tx, self._broker_id), self._authority.seen_by(tx)
+        draft = self._broker.draft(state.applied_generation)
+        try:
+            complete_draft(draft, tx, issuers, self._clock(), known)
+        except BaseException:
+            draft.discard()
+            raise
+        return state, draft, issuers
 
     def _sessions_to_end(
         self, tx: Connection, known: BrokerTenants, *, since: int
@@ -537,13 +573,17 @@ class Reconciler:
 
     def _install(self, target: _Target) -> bool:
         """Write it for the broker; return whether that has the CRLs now, and not only what the draft says."""
-        if target.draft.closed:
-            log.error(
-                "devices are denied everything because their topics do not fit the settings",
-                extra={"devices": len(target.draft.closed), "first": next(iter(target.draft.closed.items()))},
-            )
+        _log_closed(target.draft)
         generation = target.state.generation
         if target.puts_off_crls:
             return target.draft.install(generation, None)
         with self.crls.trust(target.issuers) as trust:
             return target.draft.install(generation, trust)
+
+
+def _log_closed(draft: Draft) -> None:
+    if draft.closed:
+        log.error(
+            "devices are denied everything because their topics do not fit the settings",
+            extra={"devices": len(draft.closed), "first": next(iter(draft.closed.items()))},
+        )

@@ -202,6 +202,10 @@ class FilesDraft:
         """Return ``False``: only the CRL refuses who is revoked."""
         return False
 
+    def grants_ahead(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
+        """Return ``False``: the broker has to be told of new files."""
+        return False
+
     def discard(self) -> None:
         """Do nothing: the ACL in memory has all changes of a snapshot, and to add them again does no harm."""
 

@@ -125,10 +125,16 @@ class GuardDraft(GuardAccess):
 
     def puts_off_crls(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
         """Return whether the broker can do without new CRLs, and no file needs to be repaired; see ``Draft``."""
+        return self._control.publishes_crls and self._needs_no_crls(ca, tenants)
+
+    def grants_ahead(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
+        """Return whether it may be installed while others are still being proven; see ``Draft``."""
+        return self._control.grants_when_written and self._needs_no_crls(ca, tenants)
+
+    def _needs_no_crls(self, ca: bytes, tenants: Mapping[str, str]) -> bool:
         control = self._control
         return (
-            control.publishes_crls
-            and not self._urgent
+            not self._urgent
             and isinstance(self._journal, JournalAppend)
             and control.has_told(ca, tenants, self)
             and control.is_whole()

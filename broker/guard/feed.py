@@ -204,6 +204,10 @@ class FeedDraft(GuardAccess):
         """Return that it has no CRLs to put off: an agent fetches them by their names."""
         return True
 
+    def grants_ahead(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
+        """Return ``False``: it is not installed here."""
+        return False
+
     def install(self, generation: int, trust: Trust | None) -> bool:
         """Raise ``TypeError``: whoever reads the page installs it."""
         raise TypeError("a page is given, and not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class JournalControl(ABC):
 
     asks_whom_it_refuses = True
     narrows_at_once = True
+    grants_when_written = False
 
     def __init__(self, settings: Settings, files: GuardFiles, clock: Callable[[], datetime]) -> None:
         self.files = files
@@ -49,6 +51,7 @@ class JournalControl(ABC):
         self._issuers = _Issuers(b"", {}, (), frozenset())
         self._hashes: dict[bytes, tuple[str, ...]] = {}  # of each CA, by its fingerprint
         self._unsynced: Unsynced | None = None  # what was appended last
+        self._syncing = threading.Lock()  # one thread may append while another one proves
 
     @property
     @abstractmethod
@@ -184,7 +187,8 @@ class JournalControl(ABC):
 
     def _sync(self) -> None:
         """Make durable what was appended last."""
-        unsynced, self._unsynced = self._unsynced, None
+        with self._syncing:
+            unsynced, self._unsynced = self._unsynced, None
         if unsynced is not None:
             try:
                 unsynced.sync()

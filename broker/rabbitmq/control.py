@@ -72,6 +72,7 @@ class RabbitmqControl(JournalControl):
         self._unwritten: Mapping[str, str] = {}  # nodes that lack the newest CRLs, with the reason
         self._names = {node.name for node in settings.rabbitmq_nodes}
         self._ended = EndedSessions(self.files.journal)
+        self._tenants: Sequence[str] = ()  # those that are to have a vhost, by the journal as it was installed
         self._denial: _Denial | None = None
 
     # --- Writing
@@ -87,6 +88,7 @@ class RabbitmqControl(JournalControl):
         self, trust: Trust, position: Position, before: Mapping[str, Any], *, urgent: bool
     ) -> tuple[bool, Mapping[str, Any]]:
         """Write the CRLs into each node's folder, where they count from the next handshake on."""
+        self._tenants = [one.name for one in self._told.at(position).tenants.values() if not one.suspended]
         self._unwritten = self.files.publish_to_nodes(trust)
         return True, {}
 
@@ -113,16 +115,12 @@ class RabbitmqControl(JournalControl):
         if self._unwritten:
             raise BrokerUnavailable(" ".join(self._unwritten.values()))
         if self._settings.rabbitmq_tenant_ports:
-            self._make_vhosts(position, deadline)
+            for tenant in self._tenants:
+                self._vhosts.make(tenant, deadline)
         if shows is not None:
             proven = self._at_each(lambda one: one.prove(shows, position.generation, deadline), self._probes, deadline)
             self._denial = _Denial(started, shows, proven)
         return position.generation
-
-    def _make_vhosts(self, position: Position, deadline: float) -> None:
-        for tenant in self._told.at(position).tenants.values():
-            if not tenant.suspended:
-                self._vhosts.make(tenant.name, deadline)
 
     def end_sessions(
         self,

@@ -132,8 +132,9 @@ class Installation:
     @contextlib.contextmanager
     def between_reconciliations(self) -> Iterator[None]:
         """Keep the portal from changing the broker's files for the body of a ``with``."""
-        folder = self.settings.data_dir
-        with FileLock(folder / ".pass.lock").hold(), FileLock(folder / ".crl.lock").hold():
+        with contextlib.ExitStack() as stack:
+            for name in (".pass.lock", ".install.lock", ".crl.lock"):
+                stack.enter_context(FileLock(self.settings.data_dir / name).hold())
             yield
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -66,6 +67,32 @@ def test_a_revoked_device_is_cut_off_and_refused_everywhere_once_that_is_enforce
     for node in site.cluster.nodes:
         assert node.get(f"/api/connections/username/{device.id}") == []
         assert site.refusal(device, node) == REVOKED
+
+
+def test_a_device_is_registered_and_connects_while_the_revocation_of_another_one_is_being_proven(
+    site: RabbitmqSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, begun, over = site.device(), threading.Event(), threading.Event()
+    running = Cluster.running
+
+    def held_up(self: Cluster, deadline: float) -> Set[str]:
+        begun.set()
+        over.wait()
+        return running(self, time.monotonic() + 5)
+
+    monkeypatch.setattr(Cluster, "running", held_up)
+    with ThreadPoolExecutor(1) as pool:
+        revoking = pool.submit(revoke, site, device)
+        begun.wait()
+        try:
+            assert site.refusal(site.device()) == ACCEPTED
+            assert not revoking.done()
+        finally:
+            over.set()
+        revoking.result()
+    monkeypatch.undo()
+    assert enforce(site) is None
+    assert site.refusal(device) == REVOKED
 
 
 def test_a_suspended_device_comes_back_when_it_is_resumed(site: RabbitmqSite) -> None:
