@@ -35,12 +35,15 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name[-100:]}.{os.getpid()}.{secrets.token_hex(6)}.tmp")
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove and return the temporary files of processes that were killed; they may contain keys."""
+def remove_leftovers(folder: Path, *, alone: bool = False) -> list[Path]:
+    """Remove and return the temporary files of processes that were killed; they may contain keys.
+
+    ``alone`` if no process writes there now: in a container the next one has the same number as the one before.
+    """
     removed = []
     for path in folder.glob(".*.tmp"):
         name = re.fullmatch(r"\..+\.([0-9]+)\.[0-9a-f]{12}\.tmp", path.name)
-        if name is not None and not _is_alive(int(name[1])):
+        if name is not None and (alone or not _is_alive(int(name[1]))):
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed

@@ -24,6 +24,7 @@ from core.errors import (
     RequestMalformed,
     Unavailable,
 )
+from core.failpoints import failpoint
 from core.setting_values import Address
 from core.topics import is_device_id
 from operations.wiring import Portal
@@ -191,7 +192,9 @@ class _Conversation(Conversation):
         self._begun = True
         for block in page.blocks():
             self.write(block)
+        failpoint("agents.before_given")
         feed.given(record, start, page)
+        failpoint("agents.after_given")
         self.write(page.end(feed.names()))
 
     def _trust(self) -> None:
@@ -210,6 +213,7 @@ class _Conversation(Conversation):
         if presence is not None and not (isinstance(presence, str) and _SESSION.fullmatch(presence)):
             raise InputInvalid("A session has 32 lower-case hexadecimal digits.")
         knows_presence = self._portal.agents.report(self._agent, Report(generation, digest, problem, presence))
+        failpoint("agents.after_report")
         self.send(HTTPStatus.OK, json.dumps({"presence": knows_presence}).encode(), "application/json")
 
     def _presence(self) -> None:

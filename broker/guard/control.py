@@ -30,6 +30,7 @@ from broker.session import (
 )
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
+from core.failpoints import failpoint
 
 TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
 GUARD_VERSION = 2  # of the protocol with the plugin, which may speak a later one, too
@@ -65,6 +66,7 @@ class GuardControl(JournalControl, Mosquitto):
         """Publish the CRLs if it is time; see ``JournalControl``."""
         due = urgent or self._is_crl_due(position, before, len(trust.crl))
         published = due and self.files.publish(trust)
+        failpoint("guard.crl_published")
         return published, {
             "crl_seq": position.seq if due else before.get("crl_seq", 0),
             "crl_at": self._now() if due else before.get("crl_at", 0),

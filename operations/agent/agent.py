@@ -36,6 +36,7 @@ from core.errors import (
     StartupError,
     Unavailable,
 )
+from core.failpoints import failpoint
 from core.tenants import TenantOnBroker
 from operations.agent.certificates import AgentCertificates
 from operations.agent.client import WAIT_SECONDS, PortalClient
@@ -212,6 +213,7 @@ class Agent:
                 if asked != self._asked():
                     return True  # repaired meanwhile: it is asked again
                 page, sessions = self._take(reader, lines)
+                failpoint("agent.page_read")
         self._heard_of_portal(page.names)
         with self._lock:
             self._taken(page, sessions)
@@ -336,10 +338,12 @@ class Agent:
 
     def _fetch_trust(self) -> Trust:
         names, said = self._client.trust()
+        failpoint("agent.trust_fetched")
         try:
             trust = self._folder.keep_trust(names, said)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProjectionInvalid("The portal's CAs and CRLs cannot be read; they are asked for again.") from error
+        failpoint("agent.trust_kept")
         self._trust = (names, trust)
         if self._folder.settings_of_portal() != self._given:
             self.has_other_settings.set()
@@ -365,13 +369,16 @@ class Agent:
         except PortalError as error:
             self._tell(error.detail)
             raise
+        failpoint("agent.proven")
         self._proof = None
         self._problem = ("", 0.0)
         self._keep(mark=proof.mark, problem="")
         took = round((time.monotonic() - started) * 1000, 1)
         figures = {"generation": changes.generation, "cut": len(changes.sessions_to_end), "ms": took}
         log.info("broker enforces", extra=figures)
+        failpoint("agent.before_report")
         self._report()
+        failpoint("agent.after_report")
 
     def _report(self) -> None:
         """Say how far the broker was seen to obey."""

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import Unavailable
+from core.failpoints import failpoint
 from core.files import replace_file
 from operations.agent.client import PortalClient
 from operations.agent.folder import AgentFolder, is_due, server_files, utc_seconds
@@ -70,6 +71,7 @@ class AgentCertificates:
         if not made:
             return []
         chains, generation = client.certificates({kind: request for kind, (_, request) in made.items()})
+        failpoint("agent.certified")
         for kind, (key, _) in made.items():
             if kind not in chains:
                 raise Unavailable("The portal did not issue all certificates that were asked for.")
@@ -86,6 +88,7 @@ class AgentCertificates:
             self._broker.files.write_server_certificate(chain.encode(), key)
         elif kind == GOOD:
             replace_file(folder.probes.good.key, key)
+            failpoint("agent.key_written")
             replace_file(folder.probes.good.certificate, chain.encode())
         else:
             self._next_revoked = _Put(key, chain, generation)

@@ -19,7 +19,7 @@ from core import logs
 from core.errors import PortalError, StartupError
 from core.files import FileLock, private_folder
 from onboarding_portal import VERSION, streams
-from operations.agent.folder import AgentFolder, settings_of, utc_seconds
+from operations.agent.folder import AgentFolder, remove_leftovers_of_agent, settings_of, utc_seconds
 
 P = ParamSpec("P")
 LOCK = ".agent.lock"
@@ -94,6 +94,7 @@ def run_agent() -> None:
     with FileLock(settings.data_dir / LOCK).try_hold() as alone:
         if not alone:
             raise StartupError(f"Another agent runs on {settings.data_dir}; stop it, or set PORTAL_DATA_DIR.")
+        remove_leftovers_of_agent(settings, folder)
         while not stopping.is_set():
             Agent(settings, folder).run(stopping)
             settings, folder = settings_of(os.environ)

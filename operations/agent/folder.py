@@ -15,13 +15,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from broker.crl import Trust
-from broker.folder import SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
+from broker.folder import CA_FOLDER, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from broker.guard.feed import NOTHING, Mark, TrustNames
 from broker.probe import ProbeCertificate, ProbeCertificates
 from config import Settings
 from core.boot import boot_id, boot_seconds
 from core.errors import StartupError
-from core.files import private_folder, replace_file
+from core.files import private_folder, remove_leftovers, replace_file
 
 NOT_JOINED = "This agent has not joined a portal; see portal broker add, and portal-server agent join --help."
 _PORTAL_DECIDES = ("topic_prefix", "topic_prefixes", "mqtt_host", "mqtt_port")
@@ -183,6 +183,14 @@ def settings_of(environ: Mapping[str, str]) -> tuple[Settings, AgentFolder]:
     guarded = {**environ, "PORTAL_BROKER_CONTROL": "guard"}
     folder = AgentFolder(Settings.from_env(guarded).data_dir / "agent")
     return Settings.from_env({**guarded, **folder.settings_of_portal()}), folder
+
+
+def remove_leftovers_of_agent(settings: Settings, folder: AgentFolder) -> None:
+    """Remove what an agent that was killed has not finished; only one that holds the lock of the folder calls this."""
+    broker = settings.broker_dir
+    agent = (folder.path, folder.probes.good.key.parent)
+    for path in (settings.data_dir, settings.secrets_dir, *agent, broker, broker / CA_FOLDER):
+        remove_leftovers(path, alone=True)
 
 
 def is_due(certificate: Path, key: Path, now: float, *, name: str = "") -> bool:

@@ -65,7 +65,7 @@ class Link:
 
     def _pass(self, client: socket.socket) -> None:
         self._passes.wait()
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target)) as target:
+        with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", self._target)) as target:
             self._ends.append(target)
             while not self._stopping:
                 ready, _, _ = select.select([client, target], [], [], 0.2)
@@ -80,8 +80,6 @@ class Link:
                             self._passes.clear()
                             continue
                     (client if end is target else target).sendall(content)
-        with contextlib.suppress(OSError):
-            client.close()
 
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # of linux/if_tun.h

@@ -22,6 +22,7 @@ from operations.agent import agent as agents
 from operations.agent import folder
 from operations.agent.agent import Agent
 from operations.agent.folder import AgentFolder, State, settings_of, utc_seconds
+from operations.agent.presence import AgentPresence
 from operations.wiring import Portal
 from store import brokers, generations
 from store.agents import AgentRecord, Given
@@ -73,7 +74,7 @@ def test_a_broker_that_does_not_answer_is_reported_and_nothing_as_enforced(porta
 
 
 def test_who_must_be_cut_is_cut_once_the_broker_is_back(portal: Portal, place: Place, guard: GuardStub) -> None:
-    device, agent = register(portal), place.agent()
+    device, agent = register(portal), place.agent(PORTAL_ENFORCE_TIMEOUT="0.5")
     agent.follow(0)
     guard.stopped = True
     portal.revocations.revoke(OPERATOR, device, "unspecified")
@@ -254,7 +255,8 @@ def test_a_full_disk_is_told_and_ends_nothing(
     monkeypatch.setattr(agents, "SIGN_SECONDS", 0.0)
     monkeypatch.setattr(agents, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(agents, "AGAIN_SECONDS", 0.05)
-    agent, stopping = place.agent(), threading.Event()
+    monkeypatch.setattr(AgentPresence, "follow", lambda _self: 0.05)  # the stub serves one session at a time
+    agent, stopping = place.agent(PORTAL_ENFORCE_TIMEOUT="0.5"), threading.Event()
     agent.follow(0)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(folder, "replace_file", full)
