@@ -358,7 +358,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         bulk=_bulk(base, shared),
         deliveries=Deliveries(settings, database, tenant_terms, reconciler, shared.bundles, base.pepper, clock),
         revocations=DeviceRevocations(database, reconciler, clock),
-        enforcements=Enforcements(database, reconciler.steps, reconciler.why_pending),
+        enforcements=Enforcements(database, reconciler.why_pending),
         renewals=Renewals(
             settings, database, tenant_terms, reconciler, credentials, answers, shared.attestations, clock
         ),

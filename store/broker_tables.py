@@ -1,4 +1,4 @@
-"""The table of brokers, which belong to the installation and to no tenant."""
+"""The tables of brokers, which belong to the installation and to no tenant."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from store.columns import one_of
 from store.database import Base
+from store.node_tables import OF_NODES
 
 
 class Broker(Base):
@@ -46,3 +47,20 @@ class Broker(Base):
     # is in a file of its data folder.
     presence_at: Mapped[datetime | None]
     presence_known: Mapped[bool] = mapped_column(server_default=sa.false())
+
+
+class EnforcementSteps(Base):
+    """When a broker was seen to obey the changes after generation ``since`` up to ``generation``, step by step."""
+
+    __tablename__ = "enforcement_steps"
+    __table_args__ = OF_NODES
+
+    broker_id: Mapped[int] = mapped_column(sa.Integer, primary_key=True, autoincrement=False)
+    generation: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    since: Mapped[int] = mapped_column(sa.BigInteger)
+    at: Mapped[datetime]  # when these changes were first read, to be proven
+    denied_at: Mapped[datetime | None]
+    refused_at: Mapped[datetime | None]
+    cut_at: Mapped[datetime | None]
+    enforced_at: Mapped[datetime | None]
+    problem: Mapped[str] = mapped_column(sa.String(1000))

@@ -1,155 +1,83 @@
 """How a revocation or suspension took hold on the broker: each step with its time, once it was proven.
 
-The reconciler notes the steps of each generation in a file of the data folder, a ring of the newest ones, which each
-process reads. It need not survive anything: that the broker enforces a device's state is in the database.
+The reconciler of each node notes the steps of the newest generations at its broker in the database, where all nodes
+read them. They need not survive anything: that the brokers enforce a device's state is recorded by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
-import struct
 import threading
 import time
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from sqlalchemy.engine import Connection
 
 import db
 from broker.control import Step
+from core.errors import PortalError
 from core.states import DeviceStatus
-from store import audit, brokers, devices, generations
+from store import audit, brokers, devices, enforcement, generations
 from store.database import Database
 from store.devices import DeviceRecord
+from store.enforcement import Attempt
 from store.scope import ALL_TENANTS
 from workflows import events
 from workflows.events import EventType
 
 log = logging.getLogger("portal.enforcement")
 
-STEPS_FILE = ".enforcement"
-SLOTS, SLOT_BYTES = 512, 256
-_FIELDS = struct.Struct("<QQd4fH")  # since, generation, time of the snapshot, seconds from it to each step, length
-_CHECK = struct.Struct("<I")
-_PROBLEM_BYTES = SLOT_BYTES - _CHECK.size - _FIELDS.size
+SHOWN_AFTER_SECONDS = 0.2  # in which nobody watches a reconciliation that is under way
+PRUNED_EVERY = 64  # generations
 _CHANGES = {"device:revoke": DeviceStatus.REVOKED, "device:suspend": DeviceStatus.SUSPENDED}
 _LOOKED_AT = 20  # audit entries of a device
 ANSWER_SECONDS = 5.0  # for which one answer of the broker counts
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """What a reconciliation has proven of the changes after generation ``since`` up to ``generation``.
-
-    ``at`` is when it read them from the database; ``problem`` is why it has failed.
-    """
-
-    since: int
-    generation: int
-    at: datetime
-    proven: Mapping[Step, datetime]
-    problem: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StepsFile:
-    """The newest attempts, each in the slot of its generation; one process writes at a time, and any reads."""
-
-    path: Path
-
-    def write(self, since: int, generation: int, at: float, seconds: Sequence[float], problem: str = "") -> None:
-        """Write the slot of a generation; ``seconds`` are those of each step after ``at``, or not a number."""
-        text = problem.encode()[:_PROBLEM_BYTES]
-        body = _FIELDS.pack(since, generation, at, *seconds, len(text)) + text
-        body = body.ljust(SLOT_BYTES - _CHECK.size, b"\0")
-        with contextlib.suppress(OSError):  # what is proven does not depend on it
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.pwrite(descriptor, _CHECK.pack(zlib.crc32(body)) + body, generation % SLOTS * SLOT_BYTES)
-            finally:
-                os.close(descriptor)
-
-    def read(self, generation: int) -> list[Attempt]:
-        """Return the attempts that had a generation's changes to prove, oldest first; without those overwritten."""
-        try:
-            content = self.path.read_bytes()
-        except OSError:
-            return []
-        found = []
-        for start in range(0, len(content) - SLOT_BYTES + 1, SLOT_BYTES):
-            since, upto = struct.unpack_from("<QQ", content, start + _CHECK.size)
-            if since < generation <= upto:
-                attempt = _attempt(content[start : start + SLOT_BYTES])
-                found += [] if attempt is None else [attempt]
-        return sorted(found, key=lambda attempt: attempt.generation)
-
-    def newest_of(self, generation: int) -> Attempt | None:
-        """Return the last attempt to reach exactly this generation, ``None`` if it is not known."""
-        try:
-            with self.path.open("rb") as file:
-                slot = os.pread(file.fileno(), SLOT_BYTES, generation % SLOTS * SLOT_BYTES)
-        except OSError:
-            return None
-        found = _attempt(slot) if len(slot) == SLOT_BYTES else None
-        return found if found is not None and found.generation == generation else None
-
-
-def _attempt(slot: bytes) -> Attempt | None:
-    body = slot[_CHECK.size :]
-    if _CHECK.unpack_from(slot)[0] != zlib.crc32(body):
-        return None  # it is being written
-    since, generation, at, *seconds, length = _FIELDS.unpack_from(body)
-    text = body[_FIELDS.size : _FIELDS.size + length].decode(errors="ignore")
-    began = datetime.fromtimestamp(at, UTC)
-    proven = {
-        step: began + timedelta(seconds=after)
-        for step, after in zip(Step, seconds, strict=True)
-        if not math.isnan(after)
-    }
-    return Attempt(since, generation, began, proven, text)
-
-
-@dataclass(slots=True)
 class Progress:
-    """Notes the steps of one reconciliation, which has read the changes just now.
+    """Notes when one reconciliation of a broker has proven each step; it has read the changes just now.
 
-    A repeat of one that has failed keeps the times of what that has proven.
+    What it has proven is recorded with what the broker enforces, by one transaction. Before that only once it takes
+    longer, for who watches it, or if it has failed.
     """
 
-    _file: StepsFile
-    since: int
-    generation: int
-    at: datetime
-    _seconds: dict[Step, float] = field(default_factory=dict)
-    _started: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        before = self._file.newest_of(self.generation)
-        if before is not None and before.since == self.since and Step.ENFORCED not in before.proven:
-            self._started -= (self.at - before.at).total_seconds()
-            self.at = before.at
-            self._seconds = {step: (at - before.at).total_seconds() for step, at in before.proven.items()}
-        self._write("" if before is None else before.problem)
+    def __init__(self, database: Database, broker_id: int, since: int, generation: int, at: datetime) -> None:
+        """Take the generation that the broker was seen to enforce, and the one that it is to be seen to enforce."""
+        self._database = database
+        self._broker_id, self._since, self._generation, self._at = broker_id, since, generation, at
+        self._started = self._written = time.monotonic()
+        self._proven: dict[str, datetime] = {}
 
     def proven(self, *steps: Step) -> None:
         """Note that these steps were seen just now."""
-        for step in steps:
-            self._seconds.setdefault(step, time.monotonic() - self._started)
-        self._write("")
+        self._proven |= {step: self._now() for step in steps if step not in self._proven}
+        if time.monotonic() - self._written >= SHOWN_AFTER_SECONDS:
+            self._write("")
 
     def failed(self, problem: str) -> None:
-        """Note why it ends before the next step."""
+        """Record why it ends before the next step."""
         self._write(problem)
 
+    def record(self, tx: Connection) -> None:
+        """Record all steps, with the last one, in the transaction that records what the broker enforces."""
+        enforcement.write(tx, self._attempt("", self._proven | {Step.ENFORCED: self._now()}))
+        if self._generation // PRUNED_EVERY != self._since // PRUNED_EVERY:
+            enforcement.prune(tx, self._broker_id, self._generation)
+
     def _write(self, problem: str) -> None:
-        seconds = [self._seconds.get(step, math.nan) for step in Step]
-        self._file.write(self.since, self.generation, self.at.timestamp(), seconds, problem)
+        # What is proven does not depend on it.
+        with contextlib.suppress(PortalError), self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+            enforcement.write(tx, self._attempt(problem, self._proven))
+        self._written = time.monotonic()
+
+    def _now(self) -> datetime:
+        return self._at + timedelta(seconds=time.monotonic() - self._started)
+
+    def _attempt(self, problem: str, proven: Mapping[str, datetime]) -> Attempt:
+        return Attempt(self._broker_id, self._since, self._generation, self._at, proven, problem)
 
 
 def note_applied(tx: Connection, broker_id: int, generation: int, *, at: datetime) -> None:
@@ -190,6 +118,37 @@ class Enforcement(TakingHold):
     device: DeviceRecord
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What was proven of a generation at all brokers that count, each step when the last of them had proven it.
+
+    ``problem`` is that of the first one that has not proven all. ``first_at`` is when one of them began.
+    """
+
+    proven: Mapping[Step, datetime]
+    problem: str
+    first_at: datetime | None
+
+    @classmethod
+    def by(cls, tx: Connection, generation: int) -> _Seen:
+        """Read it from the database."""
+        of_broker: dict[int, list[Attempt]] = {}
+        attempts = enforcement.attempts(tx, generation)
+        for one in attempts:
+            of_broker.setdefault(one.broker_id, []).append(one)
+        each: list[Mapping[str, datetime]] = []
+        problem = ""
+        for record in brokers.list_brokers(tx):
+            own, is_behind = of_broker.get(record.id, []), record.applied_generation < generation
+            # One that enforces it, but whose steps are not known, has an agent, or has done so long ago.
+            if record.counts and (own or is_behind):
+                each.append({step: at for one in reversed(own) for step, at in one.proven.items()})
+                problem = problem or (own[-1].problem if own and is_behind else "")
+        first, *others = each or [{}]
+        proven = {Step(step): max(one[step] for one in each) for step in first if all(step in one for one in others)}
+        return cls(proven, problem, min((one.at for one in attempts), default=None))
+
+
 class SharedAnswer:
     """Whether the broker answers, for those that ask again and again while it may hang: each question takes a second.
 
@@ -217,7 +176,6 @@ class Enforcements:
     """Reads how changes of devices took hold."""
 
     _database: Database
-    _file: StepsFile
     _why_pending: Callable[[int], str | None]
 
     def of(self, tenant_id: str, device_id: str) -> Enforcement | None:
@@ -229,14 +187,14 @@ class Enforcements:
             state = generations.get_broker_state(tx)
             of_device = {"object": device.name_in_audit}
             entries = audit.list_audit_entries(tx, tenant_id, limit=_LOOKED_AT, filters=of_device)
+            seen = _Seen.by(tx, device.generation)
         newest = next((entry for entry in entries if _is_told(entry)), None)
         is_enforced = device.generation <= state.applied_generation
         if newest is None or _CHANGES.get(newest.action) is not device.status:  # its topics have changed since
             recorded = device.revoked_at or device.updated_at
             problem = None if is_enforced else self._why_pending(device.generation)
             return Enforcement(device=device, recorded_at=recorded, proven={}, is_enforced=is_enforced, problem=problem)
-        attempts = [one for one in self._file.read(device.generation) if one.at >= newest.at]
-        found = self._taking_hold(newest.at, device.generation, attempts, is_enforced=is_enforced)
+        found = self._taking_hold(newest.at, device.generation, seen, is_enforced=is_enforced)
         return Enforcement(
             device=device,
             recorded_at=newest.at,
@@ -252,21 +210,17 @@ class Enforcements:
 
     def of_generation(self, generation: int, now: datetime) -> TakingHold:
         """Return how far all changes up to a generation have taken hold; as recorded counts when it was first tried."""
-        is_enforced = generation <= self.applied_generation()
-        attempts = self._file.read(generation)
-        recorded_at = attempts[0].at if attempts else now
-        return self._taking_hold(recorded_at, generation, attempts, is_enforced=is_enforced)
+        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+            is_enforced = generation <= generations.get_broker_state(tx).applied_generation
+            seen = _Seen.by(tx, generation)
+        recorded_at = now if seen.first_at is None else seen.first_at
+        return self._taking_hold(recorded_at, generation, seen, is_enforced=is_enforced)
 
-    def _taking_hold(
-        self, recorded_at: datetime, generation: int, attempts: Sequence[Attempt], *, is_enforced: bool
-    ) -> TakingHold:
-        proven: dict[Step, datetime] = {}
-        for attempt in attempts:
-            for step, at in attempt.proven.items():
-                proven.setdefault(step, at)
+    def _taking_hold(self, recorded_at: datetime, generation: int, seen: _Seen, *, is_enforced: bool) -> TakingHold:
+        proven = dict(seen.proven)
         if not is_enforced:  # what is recorded has the last word
             proven.pop(Step.ENFORCED, None)
-        problem = attempts[-1].problem if attempts and not is_enforced else None
+        problem = None if is_enforced else seen.problem
         if not is_enforced and not problem:
             problem = self._why_pending(generation)
         return TakingHold(recorded_at=recorded_at, proven=proven, is_enforced=is_enforced, problem=problem)

@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from broker.control import Changes, Draft, RestartReason, Step
+from broker.control import Changes, Draft, RestartReason
 from broker.probe import ProbeCertificates
 from broker.restarts import LEAST_SPACING, BrokerRestarts
 from broker_provisioning import BrokerProvisioning
@@ -36,7 +36,7 @@ from workflows import events
 from workflows.access import BrokerTenants, complete_draft
 from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
-from workflows.enforcement import STEPS_FILE, Progress, SharedAnswer, StepsFile, note_applied
+from workflows.enforcement import Progress, SharedAnswer, note_applied
 from workflows.events import EventType
 from workflows.other_brokers import OtherBrokers
 from workflows.prompt import Outcome, PromptAnswers
@@ -109,7 +109,6 @@ class Reconciler:
         )
         self._lock = FileLock(settings.data_dir / ".pass.lock")
         self._installing = FileLock(settings.data_dir / ".install.lock")  # from a draft until it is installed
-        self.steps = StepsFile(settings.data_dir / STEPS_FILE)
         self.crls = CrlPublication(settings, database, authority, broker, probe_certificates, clock, first_tenant)
         self._counting = threading.Lock()
         self._begun = 0
@@ -468,7 +467,9 @@ class Reconciler:
         with self._installing.hold(self._settings.enforce_timeout):
             target = progress.target = self._prepare()
             generation, progress.enforced = target.state.generation, target.state.applied_generation
-            steps = progress.steps = Progress(self.steps, progress.enforced, generation, self._clock())
+            steps = progress.steps = Progress(
+                self._database, self._broker_id, progress.enforced, generation, self._clock()
+            )
             has_crls = self._install(target)
         progress.installed = generation
         failpoint("apply.after_install")
@@ -477,11 +478,11 @@ class Reconciler:
         self._broker.bring_into_force(changes, self._probe_certificates, deadline, steps.proven, has_crls=has_crls)
         # If a power cut takes this record back, the same is proven again.
         with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+            steps.record(tx)
             brokers.take_turns(tx)
             note_applied(tx, self._broker_id, generation, at=self._clock())
             failpoint("apply.before_recorded")
         failpoint("apply.after_recorded")
-        steps.proven(Step.ENFORCED)
         progress.enforced = generation
         if target.puts_off_crls:
             self.crls.wake()

@@ -21,7 +21,7 @@ from tests.support.harness import ON_POSTGRESQL, api_as, as_owner, csr_pem, prob
 
 pytestmark = ON_POSTGRESQL
 OF_TENANTS = [table for table in METADATA.sorted_tables if "tenant_id" in table.c]
-OF_NODES = {"leaders", "node_invitations", "nodes", "pages", "setting_changes", "shared_files"}
+OF_NODES = {"enforcement_steps", "leaders", "node_invitations", "nodes", "pages", "setting_changes", "shared_files"}
 OF_THE_INSTALLATION = {"tenants", "brokers", "broker_agents", "broker_state", *OF_NODES}
 FILLED = {
     "audit_entries",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
+from datetime import datetime, timedelta
 
 import pytest
 from flask import Flask
@@ -14,12 +13,14 @@ from app import portal_of
 from broker.control import Step
 from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core.errors import BrokerUnavailable
+from core.errors import BrokerUnavailable, DatabaseUnavailable
+from core.states import BrokerKind
 from operations.wiring import Portal, utc_now
+from store import brokers, enforcement, generations
 from tests.support.guarded import guarded_app
 from tests.support.harness import Clock
 from tests.workflows.test_admission import OPERATOR, request_of
-from workflows.enforcement import SLOT_BYTES, SLOTS, Enforcement, Progress, SharedAnswer, StepsFile
+from workflows.enforcement import PRUNED_EVERY, Enforcement, Progress, SharedAnswer, note_applied
 
 TENANT = OPERATOR.tenant_id
 
@@ -94,24 +95,6 @@ def test_before_any_attempt_all_is_pending_and_a_broker_that_is_away_is_the_reas
     assert found.problem == "The broker does not answer on its internal listener."
 
 
-def test_another_process_reads_the_same(portal: Portal, device_id: str) -> None:
-    portal.revocations.revoke(OPERATOR, device_id, "unspecified")
-    found = shown(portal, device_id)
-    elsewhere = StepsFile(portal.settings.data_dir / ".enforcement").read(found.device.generation)
-    assert elsewhere[-1].proven == found.proven
-
-
-def test_steps_of_before_a_restored_backup_are_not_taken_for_its_own(portal: Portal, device_id: str) -> None:
-    portal.revocations.revoke(OPERATOR, device_id, "unspecified")
-    generation = shown(portal, device_id).device.generation
-    portal.reconciler.steps.path.unlink()
-    before = portal.reconciler.steps
-    Progress(before, generation - 1, generation, utc_now() - timedelta(days=1)).proven(*Step)
-    assert len(before.read(generation)) == 1
-    found = shown(portal, device_id)
-    assert (found.proven, found.is_enforced) == ({}, True)
-
-
 def test_a_later_change_of_topics_is_not_taken_for_the_suspension(portal: Portal, device_id: str) -> None:
     portal.revocations.suspend(OPERATOR, device_id)
     portal.registrations.update(OPERATOR, device_id, {}, [("devices/{id}/x", "read")])
@@ -119,32 +102,91 @@ def test_a_later_change_of_topics_is_not_taken_for_the_suspension(portal: Portal
     assert (found.proven, found.is_enforced) == ({}, True)
 
 
-def test_the_file_keeps_the_newest_generations_in_a_fixed_size_and_what_is_damaged_counts_as_unknown(
-    tmp_path: Path,
+def test_while_a_reconciliation_takes_longer_what_it_has_proven_is_shown(
+    portal: Portal, device_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = StepsFile(tmp_path / "steps")
-    assert file.read(1) == []
-    for generation in range(1, SLOTS + 3):
-        Progress(file, generation - 1, generation, utc_now()).proven(*Step)
-    assert file.path.stat().st_size == SLOTS * SLOT_BYTES
-    assert file.path.stat().st_mode & 0o777 == 0o600
-    assert file.read(2) == []
-    assert [attempt.generation for attempt in file.read(SLOTS)] == [SLOTS]
-    content = bytearray(file.path.read_bytes())
-    content[30] ^= 1  # in the slot of the generation SLOTS
-    file.path.write_bytes(content)
-    assert file.read(SLOTS) == []
-    file.path.write_bytes(b"short")
-    assert file.read(SLOTS) == []
+    monkeypatch.setattr("workflows.enforcement.SHOWN_AFTER_SECONDS", 0.0)
+    disconnect, meanwhile = portal.broker.disconnect, list[Enforcement]()
+
+    def looks(*arguments: object, **options: object) -> None:
+        meanwhile.append(shown(portal, device_id))
+        disconnect(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(portal.broker, "disconnect", looks)
+    portal.revocations.revoke(OPERATOR, device_id, "unspecified")
+    assert [({*one.proven}, one.is_enforced) for one in meanwhile] == [({Step.DENIED, Step.REFUSED}, False)]
 
 
-def test_a_long_problem_is_cut_to_its_slot(tmp_path: Path) -> None:
-    file = StepsFile(tmp_path / "steps")
-    Progress(file, 0, 1, utc_now()).failed("ä" * 500)
-    [attempt] = file.read(1)
-    assert attempt.problem.startswith("äää")
-    assert attempt.proven == {}
-    assert file.path.stat().st_size == 2 * SLOT_BYTES
+def test_what_could_not_be_recorded_is_not_called_enforced(
+    portal: Portal, device_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(brokers, "take_turns", lambda _tx: (_ for _ in ()).throw(DatabaseUnavailable("away")))
+        portal.revocations.revoke(OPERATOR, device_id, "unspecified")
+    found = shown(portal, device_id)
+    assert ({*found.proven}, found.problem) == ({*Step} - {Step.ENFORCED}, "away")
+
+
+def edge(portal: Portal) -> Callable[[datetime], None]:
+    """Add a broker beside another node; return what has it prove the newest change, at a time."""
+    with portal.database.transaction() as tx:
+        added = brokers.add_broker(tx, "edge", BrokerKind.NODE, at=utc_now(), joined=True)
+
+    def proves(at: datetime) -> None:
+        with portal.database.transaction() as tx:
+            newest = generations.get_broker_state(tx).generation
+            steps = Progress(portal.database, added.id, newest - 1, newest, at)
+            steps.proven(*Step)
+            steps.record(tx)
+            note_applied(tx, added.id, newest, at=at)
+
+    return proves
+
+
+def test_a_step_is_proven_once_each_broker_that_counts_has_proven_it_which_is_its_time(
+    portal: Portal, device_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience = portal.settings.model_copy(update={"enforce_timeout": 0.05})
+    monkeypatch.setattr(portal.reconciler, "_settings", patience)
+    proves = edge(portal)
+    portal.revocations.revoke(OPERATOR, device_id, "unspecified")
+    pending = shown(portal, device_id)
+    assert (pending.proven, pending.is_enforced) == ({}, False)
+    assert pending.problem == "edge was not seen to enforce it yet."
+    later = pending.recorded_at + timedelta(minutes=1)
+    proves(later)
+    found = shown(portal, device_id)
+    assert ([*found.proven], found.is_enforced) == ([*Step], True)
+    assert all(at >= later for at in found.proven.values())
+
+
+def test_a_broker_whose_steps_are_not_told_hides_those_of_the_others_until_it_enforces(
+    portal: Portal, device_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience = portal.settings.model_copy(update={"enforce_timeout": 0.05})
+    monkeypatch.setattr(portal.reconciler, "_settings", patience)
+    with portal.database.transaction() as tx:
+        agent = brokers.add_broker(tx, "agent", BrokerKind.AGENT, at=utc_now(), joined=True)
+    portal.revocations.revoke(OPERATOR, device_id, "unspecified")
+    assert shown(portal, device_id).proven == {}
+    with portal.database.transaction() as tx:
+        note_applied(tx, agent.id, generations.get_broker_state(tx).generation, at=utc_now())
+    assert [*shown(portal, device_id).proven] == [*Step]
+
+
+def test_the_newest_generations_are_kept(portal: Portal) -> None:
+    def proves(generation: int) -> None:
+        with portal.database.transaction() as tx:
+            Progress(portal.database, 1, generation - PRUNED_EVERY, generation, utc_now()).record(tx)
+
+    with portal.database.snapshot() as tx:
+        first = generations.get_broker_state(tx).generation + PRUNED_EVERY
+    last = first + enforcement.KEPT
+    for generation in range(first, last + 1, PRUNED_EVERY):
+        proves(generation)
+    with portal.database.snapshot() as tx:
+        assert enforcement.attempts(tx, first) == []
+        assert [one.generation for one in enforcement.attempts(tx, last)] == [last]
 
 
 def test_a_broker_that_hangs_is_asked_once_by_many_that_watch_it() -> None:

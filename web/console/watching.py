@@ -68,7 +68,8 @@ def steps_of(found: TakingHold, texts: StepTexts = OF_DEVICE) -> list[ShownStep]
         return steps
     for step, at in sorted(found.proven.items(), key=lambda pair: pair[1]):
         title, text, _ = texts[step]
-        steps.append(ShownStep(title, text, (at - found.recorded_at).total_seconds()))
+        seconds = max(0.0, (at - found.recorded_at).total_seconds())  # the clocks of nodes may differ
+        steps.append(ShownStep(title, text, seconds))
     for step in _PENDING_ORDER:
         if step not in found.proven and not found.is_enforced:
             title, _, text = texts[step]

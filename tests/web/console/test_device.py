@@ -16,6 +16,7 @@ from app import portal_of
 from broker.control import Step
 from core.roles import Role
 from core.states import PresenceState
+from store.broker_tables import EnforcementSteps
 from store.brokers import set_applied_generation
 from store.presences import Sighting, record_presences
 from store.tables import Token
@@ -55,10 +56,11 @@ def obeys(app: Flask, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(progress: object, _deadline: float) -> None:
         target = progress.target = reconciler._prepare()  # type: ignore[attr-defined]
         generation = progress.enforced = target.state.generation  # type: ignore[attr-defined]
-        steps = Progress(reconciler.steps, target.state.applied_generation, generation, portal.clock())
-        with portal.database.transaction() as tx:
-            set_applied_generation(tx, 1, generation, applied_at=portal.clock())
+        steps = Progress(portal.database, 1, target.state.applied_generation, generation, portal.clock())
         steps.proven(*Step)
+        with portal.database.transaction() as tx:
+            steps.record(tx)
+            set_applied_generation(tx, 1, generation, applied_at=portal.clock())
         target.draft.discard()
 
     monkeypatch.setattr(reconciler, "_run", run)
@@ -144,7 +146,8 @@ def test_a_device_that_connects_within_the_second_of_its_registration_was_regist
 def test_steps_that_are_not_known_any_more_are_not_made_up(app: Flask, api: Api, browser: Browser) -> None:
     path = path_of(api.register()["device_id"])
     browser.post(f"{path}/revoke")
-    portal_of(app).reconciler.steps.path.unlink()
+    with portal_of(app).database.transaction() as tx:
+        tx.execute(sa.delete(EnforcementSteps))
     page = browser.get(path).text
     assert [title for title, _ in steps_of(page)] == ["Recorded", "Enforced"]
     assert "not known any more" in page
