@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Generic, TypeVar
 
-from broker.rabbitmq.answers import MAX_FORM_BYTES, Answers, read_form
+from broker.rabbitmq.answers import MAX_FORM_BYTES, Answers, read_form, seconds_late
 from broker.rabbitmq.followed import FollowedAnswers
 from config import Settings
 from core.broker_control import JOURNAL_FILE
@@ -152,6 +152,8 @@ class _Conversation(Conversation):
             if form is None:
                 raise InputInvalid("The body is not a form, or names a field twice.")
             answer = b"allow" if self._listener.allows(question, form) else b"deny"
+            if answer == b"allow" and (seconds := seconds_late(question, form)):
+                self._listener.stopping.wait(seconds)
             self.extend(IDLE_SECONDS)
             self.send(HTTPStatus.OK, answer, "text/plain")
         except PortalError as error:

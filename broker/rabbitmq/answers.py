@@ -21,9 +21,13 @@ from core.errors import FieldProblem, TopicRefused
 
 EXCHANGE = "amq.topic"
 # The portal itself publishes below these, by its probe certificates; see probe.py.
-PROVE, UNTIL = "portal/prove", "portal/until"
+PROVE, UNTIL, LATE = "portal/prove", "portal/until", "portal/late"
 _OF_PORTAL = PROVE.partition("/")[0]
 MAX_UNTIL_SECONDS = 10.0  # how far ahead the end of what is true may be
+# The nodes' auth_http.request_timeout: an answer that comes later is not taken. So for that long, and then for as long
+# as it is believed, a node may go by an answer that was given before a change.
+IN_FLIGHT_SECONDS = 1.0
+LATE_SECONDS = IN_FLIGHT_SECONDS + 0.3  # after which a question about what is LATE is answered
 MAX_FORM_BYTES, MAX_FIELDS = 4096, 16
 _HEADER = re.compile(rb"portal-guard 1 [0-9]{1,19} 0")
 _LINE = re.compile(rb"([0-9]{1,19}) ([!-~][ -~]*)")
@@ -91,6 +95,12 @@ def covers(granted: Sequence[str], asked: Sequence[str]) -> bool:
 def vhost_of(tenant: str | None) -> str:
     """Return the vhost of a tenant's clients, ``None`` being the first one."""
     return tenant or "/"
+
+
+def seconds_late(question: str, form: Mapping[str, str]) -> float:
+    """Return for how long an ``allow`` is to be held back, by which it is seen how long a node waits for answers."""
+    is_late = question == "topic" and form.get("routing_key", "").startswith(LATE.replace("/", ".") + ".")
+    return LATE_SECONDS if is_late else 0.0
 
 
 class Answers:
@@ -179,6 +189,8 @@ class Answers:
             return False
         if about == PROVE.replace("/", "."):
             return int(number) <= self._generation
+        if about == LATE.replace("/", "."):
+            return True  # said too late to be taken
         left = int(number) / 1000 - self._clock()
         return about == UNTIL.replace("/", ".") and 0 < left <= MAX_UNTIL_SECONDS
 

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from broker.folder import CA_FILE
 from broker.rabbitmq.answers import vhost_of
-from broker.rabbitmq.management import Management, password_of, path_of
+from broker.rabbitmq.management import Management, all_nodes, password_of, path_of
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 
@@ -39,10 +38,7 @@ class Cluster:
         """Return what asks each node; raise ``BrokerUnavailable`` without a password."""
         password = password_of(self._settings)
         if self._known[0] != password:
-            settings = self._settings
-            ca = settings.broker_ca_file if settings.broker_ca_file.exists() else settings.broker_file(CA_FILE)
-            nodes = [Management(node, settings.rabbitmq_user, password, ca=ca) for node in settings.rabbitmq_nodes]
-            self._known = password, nodes
+            self._known = password, all_nodes(self._settings)
         return self._known[1]
 
     def answers(self, deadline: float) -> bool:

@@ -24,7 +24,7 @@ from broker.folder import SERVER_CERTIFICATE_FILE
 from broker.guard.journal import Position
 from broker.guard.writing import JournalControl
 from broker.probe import ProbeCertificate, ProbeCertificates, ProbeResult, Resumption
-from broker.rabbitmq.answers import check_filter
+from broker.rabbitmq.answers import IN_FLIGHT_SECONDS, check_filter
 from broker.rabbitmq.cluster import Cluster
 from broker.rabbitmq.ended import EndedSessions
 from broker.rabbitmq.folder import RabbitmqFiles
@@ -34,9 +34,6 @@ from broker.rabbitmq.vhosts import Vhosts
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 
-# The nodes' auth_http.request_timeout: an answer that comes later is not taken. So for that long, and then for as long
-# as it is believed, a node may go by an answer that was given before a change.
-IN_FLIGHT_SECONDS = 1.0
 SETTLE_SECONDS = 0.1  # until a connection that was let in is listed
 HEALTH_SECONDS = 1.0
 _NONE_RUNS = "No node of RabbitMQ runs: start them, or correct PORTAL_RABBITMQ_NODES."

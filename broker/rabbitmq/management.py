@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
+from broker.folder import CA_FILE
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.rabbitmq_nodes import RabbitmqNode
@@ -42,6 +43,18 @@ def password_of(settings: Settings) -> str:
 def path_of(*parts: str) -> str:
     """Return the path of a thing of the API, whatever characters its name has: ``path_of("vhosts", "/")``."""
     return "/api/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def all_nodes(settings: Settings) -> list[Management]:
+    """Return what asks each node of the settings; raise ``BrokerUnavailable`` without a password."""
+    password = password_of(settings)
+    return [of_node(settings, node, settings.rabbitmq_user, password) for node in settings.rabbitmq_nodes]
+
+
+def of_node(settings: Settings, node: RabbitmqNode, user: str, password: str) -> Management:
+    """Return what asks a node as a user of it."""
+    ca = settings.broker_ca_file if settings.broker_ca_file.exists() else settings.broker_file(CA_FILE)
+    return Management(node, user, password, ca=ca)
 
 
 class Management:

@@ -1,7 +1,8 @@
 """Connects to a RabbitMQ node as a device does, and sees whom the node asks, and how long it believes what it was told.
 
 The portal publishes to topics of its own by its good probe certificate, which ``answers.py`` allows to nobody else:
-``portal/prove/N`` where the journal has generation N, ``portal/until/T`` before the time T (in ms of the epoch).
+``portal/prove/N`` where the journal has generation N, ``portal/until/T`` before the time T (in ms of the epoch), and
+``portal/late/N`` with an answer that comes later than the node may wait for one.
 RabbitMQ 3.10 speaks MQTT 3.1.1, in which a message that is refused ends the connection.
 """
 
@@ -19,7 +20,7 @@ from cryptography import x509
 
 from broker.folder import CA_FILE
 from broker.probe import Probe, ProbeCertificate
-from broker.rabbitmq.answers import PROVE, UNTIL
+from broker.rabbitmq.answers import LATE, LATE_SECONDS, PROVE, UNTIL
 from broker.session import SUCCESS, Session, SessionClosed, remaining
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable
@@ -111,6 +112,20 @@ class NodeProbe(Probe):
                     " auth_cache.cache_ttl of RabbitMQ, and see that the clocks of all nodes of the portal agree."
                 ) from error
 
+    def takes_late_answers(self, good: ProbeCertificate, deadline: float) -> bool:
+        """Return whether the node waits for an answer for longer than it may; raise as ``prove`` does."""
+        while True:
+            try:
+                with self._as_device(good, self._client_id(good), deadline, LATE_SECONDS) as session:
+                    session.publish(f"{UNTIL}/{_in_ms(UNTIL_SECONDS)}")  # else it might refuse for another reason
+                    try:
+                        session.publish(f"{LATE}/{secrets.randbelow(10**18)}")
+                    except SessionClosed:
+                        return False
+                    return True
+            except OSError as error:
+                self._pause(error, deadline)
+
     def _pause(self, error: OSError, deadline: float) -> None:
         """Wait for the next attempt; raise ``BrokerUnavailable`` if there is no time for one."""
         if time.monotonic() + _PAUSE >= deadline:
@@ -118,9 +133,11 @@ class NodeProbe(Probe):
         time.sleep(_PAUSE)
 
     @contextmanager
-    def _as_device(self, good: ProbeCertificate, client_id: str, deadline: float) -> Iterator[Session]:
+    def _as_device(
+        self, good: ProbeCertificate, client_id: str, deadline: float, more_seconds: float = 0.0
+    ) -> Iterator[Session]:
         """Connect as a device; raise ``NodeStopped``, and ``OSError`` if the node does not answer, or refuses that."""
-        until = min(deadline, time.monotonic() + _ATTEMPT_SECONDS)
+        until = min(deadline, time.monotonic() + _ATTEMPT_SECONDS + more_seconds)
         context = self._context(good)
         try:
             plain = socket.create_connection(self.node.mqtt, timeout=remaining(until))

@@ -33,6 +33,12 @@ def _rabbitmq_answers(installation: Installation) -> Finding:
     return rabbitmq.answers(installation)
 
 
+def _rabbitmq_times(installation: Installation) -> Finding:
+    from operations.doctor import rabbitmq
+
+    return rabbitmq.times(installation)
+
+
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("data folder", data.data_folder),
     ("secret files", data.secret_files),
@@ -55,6 +61,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("broker", broker.broker),
     ("RabbitMQ nodes", _rabbitmq_nodes),
     ("RabbitMQ answers", _rabbitmq_answers),
+    ("RabbitMQ times", _rabbitmq_times),
     ("broker version", mosquitto.broker_version),
     ("broker service", service.broker_service),
     ("broker configuration", mosquitto.broker_configuration),
@@ -73,7 +80,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("identity provider", sign_on.identity_provider),
 )
 
-_OF_RABBITMQ = frozenset(("RabbitMQ nodes", "RabbitMQ answers"))
+_OF_RABBITMQ = frozenset(("RabbitMQ nodes", "RabbitMQ answers", "RabbitMQ times"))
 _OF_MOSQUITTO = frozenset(("broker", "broker version", "broker service", "broker configuration"))
 # Of the broker beside the portal, if there is one.
 OF_BROKER = frozenset(("broker address", "broker certificate", "broker files", "ACL entries", "CRL entries"))

@@ -8,16 +8,22 @@ import re
 import ssl
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from broker.rabbitmq.management import Management, password_of
+from broker.probe import ProbeCertificate
+from broker.rabbitmq.answers import IN_FLIGHT_SECONDS, LATE_SECONDS
+from broker.rabbitmq.control import SETTLE_SECONDS
+from broker.rabbitmq.management import Management, all_nodes, of_node
+from broker.rabbitmq.probe import NodeProbe, NodeStopped
 from broker.rabbitmq.vhosts import Vhosts
-from core.errors import BrokerUnavailable
+from config import Settings
+from core.errors import BrokerNotEnforcing, BrokerUnavailable
 from core.rabbitmq_nodes import RabbitmqNode
 from core.tenants import TenantStatus
-from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, summarize
+from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize
 from store import tenants
 
 OLDEST = (3, 10)
@@ -32,16 +38,19 @@ _ANSWER = (
     "Check that the portal runs, PORTAL_RABBITMQ_BIND and PORTAL_RABBITMQ_URL, and that the folder is the one that the"
     " node reads; the portal writes its files again."
 )
+_NO_GUEST = "At any node: rabbitmqctl delete_user guest."
+_AS_SHIPPED = "as in rabbitmq/rabbitmq.conf of the portal, and restart the node"
 _MAX_BYTES = 1000
+_LATE_ANSWERS = 3
 _NOBODY = "00000000-0000-0000-0000-000000000000"
 
 
 def nodes(installation: Installation) -> Finding:
     """Check that each node runs, with the plugins and listeners that it needs and no others, and without alarms."""
     settings = installation.settings
-    found, seen, password = Findings(), list[str](), password_of(settings)
+    found, seen = Findings(), list[str]()
     with contextlib.ExitStack() as stack:
-        asked = [Management(node, settings.rabbitmq_user, password) for node in settings.rabbitmq_nodes]
+        asked = all_nodes(settings)
         for management in asked:
             stack.callback(management.close)
             node = management.node
@@ -55,7 +64,31 @@ def nodes(installation: Installation) -> Finding:
                 found.problem(f"The management API of {node.name} answers otherwise than RabbitMQ's.", _START)
         if seen:
             _examine_tenants(installation, asked, found)
+            _examine_guest(settings, asked, found)
     return combine(found, f"{', '.join(seen)} run as they must.")
+
+
+def _examine_guest(settings: Settings, asked: Sequence[Management], found: Findings) -> None:
+    """Add that the user is there with whom each RabbitMQ begins, and where its password admits whoever knows that."""
+    with contextlib.suppress(BrokerUnavailable):  # which is said already
+        if not any(management.get("/api/users/guest", time.monotonic() + SECONDS) for management in asked):
+            return
+    admitting = [management.node.name for management in asked if _admits_guest(settings, management.node)]
+    said = "RabbitMQ has the user guest, with which it was installed"
+    if admitting:
+        found.problem(f"{said}, and admits it by its default password at {', '.join(admitting)}.", _NO_GUEST)
+    else:
+        found.warning(f"{said}.", _NO_GUEST)
+
+
+def _admits_guest(settings: Settings, node: RabbitmqNode) -> bool:
+    with contextlib.suppress(BrokerUnavailable):
+        management = of_node(settings, node, "guest", "guest")
+        try:
+            return management.get("/api/whoami", time.monotonic() + SECONDS) is not None
+        finally:
+            management.close()
+    return False
 
 
 def _examine_tenants(installation: Installation, asked: Sequence[Management], found: Findings) -> None:
@@ -95,6 +128,9 @@ def examine(
     state = by_name.get(node.name, {"running": False})
     if not state.get("running"):
         found.problem(f"{node.name} does not run in its cluster.", _START)
+        return f"{node.name} ({version[:20]})"
+    if "mem_alarm" not in state:
+        found.warning(f"{node.name} was started just now, and says little of itself yet.", "Run this again soon.")
         return f"{node.name} ({version[:20]})"
     for alarm, what in (("mem_alarm", "memory"), ("disk_free_alarm", "disk space")):
         if state[alarm]:
@@ -139,6 +175,59 @@ def answers(installation: Installation) -> Finding:
         if said != "deny":
             found.problem(f"With the files in {folder} the answer at {settings.rabbitmq_url} is: {said}", _ANSWER)
     return combine(found, f"Questions are answered at {settings.rabbitmq_url}.")
+
+
+def times(installation: Installation) -> Finding:
+    """Measure at each node whether it waits for answers, and believes them, no longer than a proof allows for.
+
+    No interface of a node says what it is configured to do.
+    """
+    settings, good = installation.settings, installation.probe_certificates.good
+    probes = [NodeProbe(node, settings) for node in settings.rabbitmq_nodes]
+    found, stopped = Findings(), list[str]()
+    with ThreadPoolExecutor(2 * len(probes)) as pool:
+        measured = [
+            (one.node, pool.submit(_believes_too_long, one, good, settings), pool.submit(_waits_too_long, one, good))
+            for one in probes
+        ]
+        for node, believes, waits in measured:
+            try:
+                if believes.result():
+                    found.problem(
+                        f"{node.name} believes answers for longer than {settings.rabbitmq_cache_seconds:g} s.",
+                        f"Set auth_cache.cache_ttl {_AS_SHIPPED}, or PORTAL_RABBITMQ_CACHE_SECONDS.",
+                    )
+                if waits.result():
+                    found.problem(
+                        f"{node.name} waits for an answer for longer than {IN_FLIGHT_SECONDS:g} s.",
+                        f"Set auth_http.request_timeout {_AS_SHIPPED}.",
+                    )
+            except NodeStopped:
+                stopped.append(node.name)  # which is said elsewhere
+            except BrokerUnavailable as error:
+                found.problem(f"{node.name}: {error.detail}", _ANSWER)
+    if len(stopped) == len(probes):
+        return problem("No node runs.", _START)
+    believed = f"{settings.rabbitmq_cache_seconds:g} s"
+    return combine(
+        found, f"Nodes wait for answers for {IN_FLIGHT_SECONDS:g} s at most, and believe them for {believed}."
+    )
+
+
+def _believes_too_long(one: NodeProbe, good: ProbeCertificate, settings: Settings) -> bool:
+    cache = settings.rabbitmq_cache_seconds
+    believed = one.prove(good, 0, time.monotonic() + SECONDS)
+    forgotten_in = max(believed.at + cache - time.monotonic(), believed.ends / 1000 - time.time())
+    time.sleep(max(0.0, forgotten_in) + SETTLE_SECONDS)
+    try:
+        return not one.see_forgotten(good, believed, time.monotonic() + SECONDS)
+    except BrokerNotEnforcing:
+        return True
+
+
+def _waits_too_long(one: NodeProbe, good: ProbeCertificate) -> bool:
+    """Measure it several times, if need be: a machine that had no time for the node may have kept it from giving up."""
+    return all(one.takes_late_answers(good, time.monotonic() + SECONDS + LATE_SECONDS) for _ in range(_LATE_ANSWERS))
 
 
 def _asked(url: str, folder: Path) -> str:

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -124,6 +125,9 @@ class Node:
                 text += f"management.ssl.{option} = {self.portal_folder / name}\n"
         for number, port in enumerate(self.tenant_ports, 2):
             text += f"mqtt.listeners.ssl.{number} = 127.0.0.1:{port}\n"
+        for option, value in self._cluster.options.items():
+            text, count = re.subn(f"(?m)^{re.escape(option)} = .*$", f"{option} = {value}", text)
+            assert count == 1, option
         text = text.replace(".ip = 127.0.0.1", f".ip = {self._cluster.address}")
         text += f"default_user = {USER}\ndefault_pass = {self._cluster.password}\nlog.file.level = info\n"
         if len(self._cluster.nodes) > 1:
@@ -218,6 +222,7 @@ class RabbitmqCluster:
         self.hosts: dict[str, str] = {}  # names that the nodes know, besides those of the machine
         self.is_local = address == "127.0.0.1"
         self.tenants = tenants
+        self.options: dict[str, str] = {}  # of rabbitmq.conf that are otherwise than an operator installs them
         self.folder = short_folder(in_memory=True)
         self.cookie = secrets.token_hex(16).upper()
         self.password = secrets.token_urlsafe(24)

@@ -8,10 +8,10 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,6 +29,7 @@ from tests.support.rabbitmq import USER, Node, RabbitmqCluster
 from web import rabbitmq_listener
 from workflows.credentials import DeviceRequest
 
+NONE: Mapping[str, str] = MappingProxyType({})
 OPERATOR = Actor("default", "somebody", "admin", "request-1", "192.0.2.1")
 
 
@@ -43,10 +44,13 @@ class Device:
 class RabbitmqSite:
     """``nodes`` in one cluster; each is given a folder of its own."""
 
-    def __init__(self, nodes: int = 1, *, tenants: Sequence[str] = (), **environment: str) -> None:
+    def __init__(
+        self, nodes: int = 1, *, tenants: Sequence[str] = (), options: Mapping[str, str] = NONE, **environment: str
+    ) -> None:
         self.folder = short_folder(in_memory=True)
         port = free_port()
         self.cluster = RabbitmqCluster(f"https://localhost:{port}", nodes, tenants=len(tenants))
+        self.cluster.options.update(options)
         self.tenant_ports = dict(zip(tenants, self.cluster.nodes[0].tenant_ports, strict=True))
         password = self.folder / "management-password"
         password.touch(mode=0o600)

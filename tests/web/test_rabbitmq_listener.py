@@ -20,7 +20,7 @@ from flask import Flask
 import db
 from app import portal_of
 from broker.rabbitmq import followed
-from broker.rabbitmq.answers import Answers
+from broker.rabbitmq.answers import LATE_SECONDS, Answers
 from config import Settings
 from core.broker_control import JOURNAL_FILE
 from core.errors import DatabaseUnavailable
@@ -191,6 +191,17 @@ def test_a_device_that_gives_a_password_is_denied(server: Server, device: str) -
 
 def test_each_node_is_answered(server: Server, device: str) -> None:
     assert server.ask(server.node(server.b), username=device) == (200, "allow")
+
+
+def test_what_a_probe_asks_for_too_late_is_answered_so(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, allowed = list[float](), [True, True, False]
+    monkeypatch.setattr(server.listener.stopping, "wait", held.append)
+    monkeypatch.setattr(server.listener, "allows", lambda *_: allowed.pop(0))
+    with server.connected(server.node()) as connection:
+        assert ask(connection, "topic", routing_key="portal.late.1") == (200, "allow")
+        assert ask(connection, "topic", routing_key="portal.until.1") == (200, "allow")
+        assert ask(connection, "topic", routing_key="portal.late.1") == (200, "deny")  # of who may not ask that
+    assert held == [LATE_SECONDS]
 
 
 def test_a_long_journal_is_read_beside_the_answers(

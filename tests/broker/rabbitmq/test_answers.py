@@ -8,7 +8,7 @@ import pytest
 
 from broker.guard import journal
 from broker.guard.journal import JournalAppend, NewJournal, Position, read_position
-from broker.rabbitmq.answers import Answers, check_filter, covers, read_form, words_of
+from broker.rabbitmq.answers import IN_FLIGHT_SECONDS, Answers, check_filter, covers, read_form, seconds_late, words_of
 from core.errors import TopicRefused
 from core.topics import Access
 
@@ -290,6 +290,15 @@ def test_what_is_true_until_a_time_is_refused_from_then_on(path: Path) -> None:
     assert not allows_probe(answers, "topic", of_probe("portal.until.1010001"))  # too far ahead
     now[0] = 1000.5
     assert not allows_probe(answers, "topic", of_probe("portal.until.1000500"))
+
+
+def test_a_probe_asks_for_an_answer_that_comes_too_late_and_nobody_else_waits_for_one(answers: Answers) -> None:
+    late = of_probe("portal.late.17")
+    assert allows_probe(answers, "topic", late)
+    assert not allows_probe(answers, "topic", late, is_probe=False)
+    assert seconds_late("topic", late) > IN_FLIGHT_SECONDS
+    for question, form in (("resource", late), ("topic", of_probe("portal.until.17")), ("user", {"username": PROBE})):
+        assert seconds_late(question, form) == 0
 
 
 def test_a_probe_may_do_nothing_else(answers: Answers, path: Path) -> None:

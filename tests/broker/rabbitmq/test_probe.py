@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from broker.probe import ProbeCertificate
+from broker.rabbitmq.answers import LATE_SECONDS
 from broker.rabbitmq.probe import Believed, NodeProbe
 from broker.session import SessionClosed
 from config import Settings
@@ -30,8 +31,10 @@ class Node(NodeProbe):
         return 0
 
     @contextmanager
-    def _as_device(self, good: ProbeCertificate, client_id: str, deadline: float) -> Iterator[Node]:  # type: ignore[override]
-        assert client_id == BELIEVED.client_id
+    def _as_device(  # type: ignore[override]
+        self, good: ProbeCertificate, client_id: str, deadline: float, more_seconds: float = 0.0
+    ) -> Iterator[Node]:
+        assert client_id == BELIEVED.client_id or more_seconds == LATE_SECONDS
         yield self
 
 
@@ -92,3 +95,23 @@ def test_what_is_refused_alone_is_forgotten(node: Node) -> None:
     node.answer = forget
     assert not node.see_forgotten(GOOD, BELIEVED, soon())  # the first time it was believed
     assert node.see_forgotten(GOOD, BELIEVED, soon())
+
+
+def test_a_node_waits_too_long_if_it_takes_an_answer_that_comes_late(node: Node) -> None:
+    def give_up(topic: str) -> None:
+        if topic.startswith("portal/late/"):
+            raise SessionClosed("the broker closed the connection")
+
+    node.answer = give_up
+    assert not node.takes_late_answers(GOOD, soon())
+    node.answer = lambda topic: None
+    assert node.takes_late_answers(GOOD, soon())
+
+
+def test_a_node_that_refuses_all_has_not_shown_how_long_it_waits(node: Node) -> None:
+    def refuse(topic: str) -> None:
+        raise SessionClosed("the broker closed the connection")
+
+    node.answer = refuse
+    with pytest.raises(BrokerUnavailable):
+        node.takes_late_answers(GOOD, soon())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from broker.rabbitmq.management import all_nodes
 from config import Settings
 from core.broker_control import ControlKind
 from core.rabbitmq_nodes import RabbitmqNode
@@ -17,6 +18,7 @@ from operations.doctor.base import Findings, Installation, State, well
 from operations.doctor.doctor import CHECKS, examine
 from operations.wiring import utc_now
 from tests.broker.rabbitmq.test_management import Api
+from tests.support.management_api import FakeManagement
 from tests.support.ports import free_port
 
 NODE = RabbitmqNode("rabbit@a", Address("127.0.0.1", 8883), "http://127.0.0.1:15672", None)
@@ -104,6 +106,12 @@ def test_what_is_wrong_with_a_node_is_said(overview: dict[str, Any], state: dict
     assert said in detail
 
 
+def test_a_node_that_was_just_started_has_not_said_all_yet() -> None:
+    findings = Findings()
+    rabbitmq.examine(NODE, OVERVIEW, [{"name": NODE.name, "running": True}], findings, {})
+    assert [finding.state for finding in findings] == [State.WARNING]
+
+
 def installation(tmp_path: Path, management: str) -> Installation:
     password = tmp_path / "password"
     password.write_text("x")
@@ -132,6 +140,23 @@ def test_an_answer_of_something_else_is_no_error(tmp_path: Path, answer: bytes) 
     finally:
         api.close()
     assert "answers otherwise than RabbitMQ" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("users", "login", "said"),
+    [
+        (404, 401, None),
+        (404, 200, None),
+        (200, 401, "RabbitMQ has the user guest, with which it was installed."),
+        (200, 200, "admits it by its default password at rabbit@a."),
+    ],
+)
+def test_the_user_of_every_installation_is_named(tmp_path: Path, users: int, login: int, said: str | None) -> None:
+    found, status = Findings(), {"/api/users/guest": users, "/api/whoami": login}
+    with FakeManagement(lambda _, path: (status[path], {"name": "guest"})) as api:
+        settings = installation(tmp_path, api.url).settings
+        rabbitmq._examine_guest(settings, all_nodes(settings), found)
+    assert [finding.detail.endswith(said) for finding in found] == [True] if said else not found
 
 
 def test_nobody_who_answers_is_a_problem(tmp_path: Path) -> None:
