@@ -143,6 +143,36 @@ def kill(node: Deployment) -> None:
     node.processes.clear()
 
 
+@contextmanager
+def stopped(node: Deployment) -> Iterator[None]:
+    """Stop all processes of a node's portal, none of them within a transaction, which others would wait for."""
+
+    def send(how: signal.Signals) -> None:
+        for process in node.processes:
+            for pid in (process.pid, *programs_of(process.pid)):
+                os.kill(pid, how)
+
+    def stops() -> bool:
+        send(signal.SIGSTOP)
+        # Those that wait to lead are in no transaction that changes anything.
+        busy = (
+            "SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            " AND state <> 'idle' AND query NOT LIKE 'SELECT pg_advisory_lock(%'"
+        )
+        if connection.execute(busy).fetchone() is None:
+            return True
+        send(signal.SIGCONT)
+        return False
+
+    url = node.environment["PORTAL_DATABASE_URL"].replace("+psycopg", "")
+    with psycopg.connect(url, autocommit=True) as connection:
+        wait_until(stops)
+    try:
+        yield
+    finally:
+        send(signal.SIGCONT)
+
+
 def programs_of(pid: int) -> list[int]:
     """The processes that a process has started."""
     with open(f"/proc/{pid}/task/{pid}/children") as file:

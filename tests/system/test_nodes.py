@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import pytest
 import requests
 
+from store.listening import CHANNEL, WAITS
 from tests.support.databases import POSTGRES_URL
 from tests.support.deployment import Deployment, Onboarded, wait_until
-from tests.support.nodes import Installation, by_another_clock, installation, is_let_in, kill, leaders
+from tests.support.nodes import Installation, by_another_clock, installation, is_let_in, kill, leaders, stopped
 
 pytestmark = [pytest.mark.system, pytest.mark.skipif(not POSTGRES_URL, reason="needs PostgreSQL")]
 
@@ -31,6 +33,15 @@ def at(node: Deployment, device: Onboarded) -> Onboarded:
     return dataclasses.replace(device, port=node.mqtt_port)
 
 
+@contextmanager
+def waiting_requests(made: Installation) -> Iterator[Callable[[], bool]]:
+    """Listen as nodes do; yields whether a request waits for other nodes since the last time."""
+    url = made.nodes[0].environment["PORTAL_DATABASE_URL"].replace("+psycopg", "")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"LISTEN {CHANNEL}")
+        yield lambda: WAITS in [told.payload for told in connection.notifies(timeout=0)]
+
+
 def revoke(node: Deployment, device: Onboarded) -> dict[str, Any]:
     answer = node.call("POST", f"/revoke/{device.id}", {})
     assert answer.status_code == 200, answer.text
@@ -44,9 +55,15 @@ def test_registered_at_one_connected_at_each_and_revoked_at_another(three: Insta
     for node in three.nodes:
         wait_until(lambda node=node: is_let_in(at(node, device)))
     client = at(third, device).client()
-    assert revoke(second, device)["broker"] == "enforced"
-    # That is said after each broker has proven it: nothing is waited for.
-    assert not any(is_let_in(at(node, device)) for node in three.nodes)
+    # The third node begins only once the request waits for it; it is said after its broker, too, has proven it.
+    with ThreadPoolExecutor(1) as pool, waiting_requests(three) as one_waits:
+        with stopped(third):
+            answer = pool.submit(revoke, second, device)
+            wait_until(lambda: one_waits() or answer.done())
+            assert is_let_in(at(third, device))
+            assert not answer.done()
+        assert answer.result()["broker"] == "enforced"
+        assert not any(is_let_in(at(node, device)) for node in three.nodes)
     client.wait_cut()
     client.close()
 
