@@ -19,7 +19,7 @@ from core.errors import InputInvalid, NotFound, PortalError, Unavailable
 from core.setting_values import Address
 from web.api.problems import of_error
 from web.mutual_tls import Conversation, MutualTlsListener, run_in_one_process
-from workflows.questioners import Questioners
+from workflows.questioners import Questioners, Standing
 
 log = logging.getLogger("portal.rabbitmq")
 
@@ -32,7 +32,10 @@ IDLE_SECONDS = 180.0
 ANSWER_SECONDS = 15.0
 MAX_OF_NODE = 400  # connections, of 1000 in all
 SURE_SECONDS = 1.0  # for which what the database said is not looked up again,
-UNSURE_SECONDS = 300.0  # and if the database does not answer
+UNSURE_SECONDS = 300.0  # and if the database does not answer.
+# Then a portal beside which others count may have been declared away, and changes be enforced without it. The one that
+# is alone cannot be: without it nobody would be let in.
+UNSURE_OF_SEVERAL_SECONDS = 60.0
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -46,10 +49,13 @@ def run(settings: Settings, questioners: Questioners, stopping: threading.Event)
 
 
 class _Known(Generic[_K, _V]):
-    """What the database says of a key, looked up once a second, or while it is away what it said minutes ago."""
+    """What the database says of a key, looked up once a second, or while it is away what it said before.
 
-    def __init__(self, look: Callable[[_K], _V]) -> None:
-        self._look = look
+    ``unsure_seconds`` says for how long that counts.
+    """
+
+    def __init__(self, look: Callable[[_K], _V], unsure_seconds: Callable[[_V], float]) -> None:
+        self._look, self._unsure_seconds = look, unsure_seconds
         self._known: dict[_K, tuple[_V, float]] = {}
 
     def get(self, key: _K) -> _V:
@@ -60,7 +66,7 @@ class _Known(Generic[_K, _V]):
         try:
             value = self._look(key)
         except Unavailable:
-            if known is not None and now - known[1] < UNSURE_SECONDS:
+            if known is not None and now - known[1] < self._unsure_seconds(known[0]):
                 return known[0]
             raise
         except PortalError:
@@ -81,8 +87,11 @@ class RabbitmqListener(MutualTlsListener):
         self._questioners = questioners
         journal = settings.broker_file(JOURNAL_FILE)
         self.answers = FollowedAnswers(lambda: Answers(journal, settings.topic_prefix), questioners.is_probe)
-        self._nodes = _Known[bytes, str](lambda certificate: questioners.node_of(certificate))
-        self._least = _Known[None, int](lambda _: questioners.least_generation())
+        self._nodes = _Known[bytes, str](lambda certificate: questioners.node_of(certificate), lambda _: UNSURE_SECONDS)
+        self._standing = _Known[None, Standing](
+            lambda _: questioners.standing(),
+            lambda standing: UNSURE_SECONDS if standing.is_alone else UNSURE_OF_SEVERAL_SECONDS,
+        )
         self._of_node: Counter[str] = Counter()
 
     @property
@@ -111,7 +120,7 @@ class RabbitmqListener(MutualTlsListener):
 
         Raise ``StateConflict`` if changes are enforced without this portal, ``Unavailable`` if that is not known.
         """
-        return self.answers.allows(question, form, self._least.get(None))
+        return self.answers.allows(question, form, self._standing.get(None).least_generation)
 
     def converse(self, client: ssl.SSLSocket) -> None:
         """Answer a node."""

@@ -35,6 +35,17 @@ QUESTIONER_DAYS = 90
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """How a portal stands that answers: its journal must have ``least_generation``, which all were seen to enforce.
+
+    ``is_alone``: no other broker counts, so that this one cannot be declared away.
+    """
+
+    least_generation: int
+    is_alone: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Questioners:
     """Issues certificates to the nodes that the settings name, says whose a certificate is, and revokes them.
 
@@ -54,20 +65,20 @@ class Questioners:
         """Return whether an identity is that of a certificate by which a portal probes the nodes."""
         return self._probes.has(identity)
 
-    def least_generation(self) -> int:
-        """Return the generation that the journal must have to be answered by: all brokers were once seen to enforce it.
+    def standing(self) -> Standing:
+        """Return what the journal must have to be answered by, and whether changes may be enforced without it.
 
         Raise ``StateConflict`` if the portal's broker does not count: changes are enforced without it.
         """
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            own = next((one for one in brokers.list_brokers(tx) if one.id == self._broker_id), None)
+            counting = [one for one in brokers.list_brokers(tx) if one.counts]
             least = brokers.announced_generation(tx)
-        if own is None or not own.counts:
+        if not any(one.id == self._broker_id for one in counting):
             raise StateConflict(
                 "This portal was removed or declared away, so that it answers no RabbitMQ: stop it, or let it count"
                 " again (portal broker back)."
             )
-        return least
+        return Standing(least, len(counting) == 1)
 
     @property
     def client_cas(self) -> str:

@@ -41,7 +41,7 @@ from tests.workflows.test_admission import OPERATOR, request_of
 from web import mutual_tls, rabbitmq_listener
 from web.rabbitmq_listener import RabbitmqListener
 from workflows.probe_identities import ProbeIdentities
-from workflows.questioners import Questioners
+from workflows.questioners import Questioners, Standing
 
 NODES = """[
  {"name": "rabbit@a", "mqtt": "a.example.org:8883", "management": "http://127.0.0.1:15672", "folder": "%s"},
@@ -265,6 +265,24 @@ def test_a_portal_that_is_declared_away_answers_no_more_until_it_is_back(
         assert (status, "portal broker back" in said) == (409, True)
     server.portal.brokers.declare_back(OPERATOR, another_broker)
     assert server.ask(server.node(), username=device) == (200, "allow")
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_without_the_database_a_portal_that_may_have_been_declared_away_refuses_sooner(
+    server: Server, device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, is_alone: bool
+) -> None:
+    if not is_alone:
+        request.getfixturevalue("another_broker")
+    node = server.node()
+    assert server.ask(node, username=device) == (200, "allow")
+    monkeypatch.setattr(rabbitmq_listener, "SURE_SECONDS", 0.0)
+    monkeypatch.setattr(rabbitmq_listener, "UNSURE_OF_SEVERAL_SECONDS", 0.0)
+
+    def away(*_arguments: object) -> Standing:
+        raise DatabaseUnavailable("The database is away.")
+
+    monkeypatch.setattr(Questioners, "standing", away)
+    assert server.ask(node, username=device)[0] == (200 if is_alone else 503)
 
 
 def test_a_portal_that_was_removed_answers_no_more(
