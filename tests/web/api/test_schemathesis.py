@@ -183,10 +183,11 @@ def fit_body(body: dict[str, Any], there: There) -> None:
         body.pop("key_type", None)
         body.pop("bundle_password", None)
         body.pop("bundle_format", None)
-    if str(body.get("key_type")).startswith("rsa"):
-        body["key_type"] = "ec-p256"  # RSA keys take a second to make
-    if (body.get("choices") or {}).get("key_type"):
-        body["choices"]["key_type"] = "ec-p256"
+    for keyed in (body, body.get("choices") or {}, body.get("renewal") or {}):
+        if keyed.get("key_type"):
+            keyed["key_type"] = "ec-p256"  # RSA keys take a second to make
+    if body.get("filter") and "action" in body:
+        body["filter"]["q"] = there.parts_of_paths["device_id"]  # of all that earlier requests have made
     if body.get("certificate") is not None:
         body["certificate"] = ca_pem()
     attestation = body.get("attestation")
