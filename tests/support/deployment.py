@@ -204,7 +204,11 @@ class Deployment:
 
     def wait_ready(self) -> None:
         """Wait until the portal is ready, and until nothing waits for a restart of the broker that it can make."""
-        wait_until(lambda: self.call("GET", "/readyz").status_code == 200)
+        try:
+            wait_until(lambda: self.call("GET", "/readyz").status_code == 200)
+        except AssertionError:
+            print(self.call("GET", "/readyz").text, self.log.read_text()[-20000:], sep="\n")
+            raise
         if not self.environment["PORTAL_BROKER_RESTART"]:
             return
         variables = {name: value for name, value in self.environment.items() if name.startswith("PORTAL_")}

@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.support.deployment import Deployment
 from tests.support.links import Link
+from tests.support.nodes import JoinedNode
 from tests.support.ports import free_port
 from tests.support.rabbitmq import USER, Node, RabbitmqCluster
 
@@ -16,7 +17,8 @@ class RabbitmqDeployment(Deployment):
     """A portal whose broker is ``cluster``; its clients connect to the first node unless they are told another.
 
     ``linked``: portal and nodes reach each other through ``links``, which a test can cut; clients do not use them.
-    ``at`` and ``answers_at`` are the addresses of the nodes, and of the portal for them.
+    ``at`` and ``answers_at`` are the addresses of the nodes, and of the portal for them. Nodes ask at the port
+    ``asked_at``, if one is given, where somebody passes it on to the portal, or to several.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class RabbitmqDeployment(Deployment):
         linked: bool = False,
         at: str = "127.0.0.1",
         answers_at: str = "127.0.0.1",
+        asked_at: int = 0,
         **environment: str,
     ) -> None:
         self._stack = ExitStack()
@@ -33,7 +36,7 @@ class RabbitmqDeployment(Deployment):
         self.links: dict[int, Link] = {}
         answers = free_port()
         host = "localhost" if answers_at == "127.0.0.1" else "portal.test"
-        self.cluster = RabbitmqCluster(f"https://{host}:{self._through(answers)}", nodes, address=at)
+        self.cluster = RabbitmqCluster(f"https://{host}:{asked_at or self._through(answers)}", nodes, address=at)
         self.cluster.hosts = {host: answers_at}
         self.answers_link = self.links.get(answers)
         first = self.cluster.nodes[0]
@@ -88,3 +91,20 @@ class RabbitmqDeployment(Deployment):
         """Stop the nodes."""
         self.cluster.stop()
         self._stack.close()
+
+
+class JoinedRabbitmqPortal(JoinedNode):
+    """A portal that has joined another one's installation, and tells the same cluster; its devices are those."""
+
+    def __init__(self, first: RabbitmqDeployment, **environment: str) -> None:
+        of_cluster = {
+            name: value
+            for name, value in first.environment.items()
+            if name.startswith("PORTAL_RABBITMQ_") or name in ("PORTAL_DATABASE_URL", "PORTAL_MQTT_PORT")
+        }
+        own = {"PORTAL_RABBITMQ_BIND": f"127.0.0.1:{free_port()}"}
+        super().__init__(first, PORTAL_BROKER_CONTROL="rabbitmq", **{**of_cluster, **own, **environment})
+        self.mqtt_port = first.mqtt_port
+
+    def start_broker(self) -> Any:
+        """Do nothing: the first portal's cluster runs."""
