@@ -77,13 +77,21 @@ class SharedTransactions:
     def _lead(self) -> None:
         """Commit the work of all callers that wait."""
         requests: list[_Request[Any, Any]] = []
+        several_work = False
         try:
-            with self._transaction() as tx:
-                requests = self._take_waiting()  # only now, because others came while this one waited for the lock
-                if len(requests) == 1:
+            try:
+                with self._transaction() as tx:
+                    requests = self._take_waiting()  # only now, because others came while this one waited for the lock
+                    several_work = len(requests) > 1
                     _run_all(requests, tx)
-                else:
-                    _run_together(requests, tx)
+                    several_work = False
+            except Exception:
+                if not several_work:
+                    raise
+                # The work of one has failed, which is rare: a savepoint for each would cost all of them more than this.
+                with self._transaction() as tx:
+                    for request in requests:
+                        request.run_in_savepoint(tx)
         except BaseException as error:
             if not requests:  # the transaction did not begin, so it fails for everyone who waits
                 requests = self._take_waiting()
@@ -109,18 +117,3 @@ def _run_all(requests: Sequence[_Request[Any, Any]], tx: Connection) -> None:
     for work, some in alike.items():
         for request, result in zip(some, work(tx, [one.item for one in some]), strict=True):
             request.results = [result]
-
-
-def _run_together(requests: Sequence[_Request[Any, Any]], tx: Connection) -> None:
-    """Do the work of all in one savepoint; if any fails, which is rare, undo it and use a savepoint for each."""
-    savepoint = tx.begin_nested()
-    try:
-        _run_all(requests, tx)
-    except BaseException as error:
-        savepoint.rollback()
-        if not isinstance(error, Exception):
-            raise
-        for request in requests:
-            request.run_in_savepoint(tx)
-    else:
-        savepoint.commit()

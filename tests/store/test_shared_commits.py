@@ -100,6 +100,19 @@ def test_nobody_is_answered_before_the_shared_commit(database: Database) -> None
     assert sorted(answered) == [0, 1, 2]
 
 
+def test_a_savepoint_is_made_only_where_somebodys_work_has_failed(database: Database) -> None:
+    sent: list[str] = []
+    sa.event.listen(database.engine, "savepoint", lambda _connection, _name: sent.append("savepoint"))
+    sa.event.listen(database.engine, "rollback", lambda _connection: sent.append("rollback"))
+    together(database, [insert(number) for number in range(3)])
+    assert sent == []
+    with database.transaction() as tx:
+        tx.exec_driver_sql("DELETE FROM seen")
+    together(database, [insert(10), insert(10)])
+    assert sent == ["rollback", "savepoint", "savepoint"]
+    assert seen(database) == {-1, 10}
+
+
 def test_one_that_fails_is_undone_and_hurts_no_other(database: Database, commits: list[None]) -> None:
     def fail(tx: Connection) -> int:
         insert(100)(tx)
