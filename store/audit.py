@@ -18,15 +18,16 @@ from sqlalchemy.engine import Connection
 
 from core.merkle import Edge
 from store.database import columns_of
+from store.prepared import Prepared
 from store.tables import AuditEntry, AuditHead, Tenant
 
 _HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "request_id", "address", "detail")
-_INSERT_AUDIT_ENTRIES = sa.insert(AuditEntry)
+_INSERT_AUDIT_ENTRIES = Prepared(sa.insert(AuditEntry))
 _AUDIT_HEAD = sa.select(AuditHead.number, AuditHead.hash, AuditHead.edge).where(
     AuditHead.tenant_id == sa.bindparam("of_tenant")
 )
 _LOCK_AUDIT_HEAD = _AUDIT_HEAD.with_for_update()
-_MOVE_AUDIT_HEAD = (
+_MOVE_AUDIT_HEAD = Prepared(
     sa.update(AuditHead)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
     .values(number=sa.bindparam("new_number"), hash=sa.bindparam("new_hash"), edge=sa.bindparam("new_edge"))
@@ -128,9 +129,9 @@ def record_all(
         entry["hash"] = previous_hash = hashlib.sha256(text).hexdigest()
         tree.append(text)
         entries.append(entry)
-    tx.execute(_INSERT_AUDIT_ENTRIES, entries)
+    _INSERT_AUDIT_ENTRIES.run(tx, entries)
     moved = {"new_number": number, "new_hash": previous_hash, "new_edge": tree.packed()}
-    tx.execute(_MOVE_AUDIT_HEAD, {"of_tenant": tenant_id, **moved})
+    _MOVE_AUDIT_HEAD.run(tx, [{"of_tenant": tenant_id, **moved}])
 
 
 def audit_head(tx: Connection, tenant_id: str) -> Head:

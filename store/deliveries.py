@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import LinkExpired, LinkRevoked, LinkUnknown, LinkUsed, StateConflict
 from core.states import PENDING_DELIVERY, ClientKind, DeliveryStatus, DeviceStatus
+from store.prepared import Prepared
 from store.tables import Certificate, Delivery, Device, IdempotencyKey, KeptBundle
 
 
@@ -52,7 +53,7 @@ class DeliveryRecord:
     source: BundleSource | None = field(repr=False)
 
 
-_INSERT_DELIVERIES = sa.insert(Delivery)
+_INSERT_DELIVERIES = Prepared(sa.insert(Delivery))
 
 
 class NewDelivery(TypedDict):
@@ -73,7 +74,7 @@ def add_deliveries(tx: Connection, deliveries: Sequence[NewDelivery]) -> None:
     """Insert bundles for their downloads, all by one statement."""
     rows = [{**delivery, "status": DeliveryStatus.READY} for delivery in deliveries]
     if rows:
-        tx.execute(_INSERT_DELIVERIES, rows)
+        _INSERT_DELIVERIES.run(tx, rows)
 
 
 _DELIVERY = (
@@ -144,7 +145,7 @@ class Spent:
 
 
 _LOCK_DELIVERY = sa.select(Delivery.bundle).where(Delivery.id == sa.bindparam("wanted")).with_for_update()
-_SPEND = (
+_SPEND = Prepared(
     sa.update(Delivery)
     .where(Delivery.id == sa.bindparam("wanted"))
     .values(
@@ -173,7 +174,7 @@ def spend_delivery(
         kept = sa.select(KeptBundle.sealed_bundle).where(KeptBundle.delivery_id == delivery_id)
         return Spent(tx.execute(kept).scalar_one(), record.format, kept=True)
     chosen = bundle_format or record.format
-    tx.execute(_SPEND, {"wanted": delivery_id, "at": now, "as_format": chosen})
+    _SPEND.run(tx, [{"wanted": delivery_id, "at": now, "as_format": chosen}])
     return Spent(bundle, chosen, kept=False)
 
 

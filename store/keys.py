@@ -13,10 +13,11 @@ from sqlalchemy.engine import Connection
 from core.errors import KeyCompromised, KeyInUse, PortalError
 from core.states import DeviceStatus
 from store import audit
+from store.prepared import Prepared
 from store.tables import Device, DeviceKey
 
 _BATCH = 500
-_INSERT = sa.insert(DeviceKey)
+_INSERT = Prepared(sa.insert(DeviceKey))
 _WANTED = DeviceKey.key_fingerprint.in_(sa.bindparam("wanted", expanding=True))
 _KNOWN = (
     sa.select(
@@ -105,7 +106,7 @@ def claim_keys(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim], *, lo
             tx.execute(sa.update(DeviceKey).where(*_key(tenant_id, claim)).values(device_id=claim.device_id))
     new = [claim for claim in claims if claim.key_fingerprint not in known]
     if new:
-        tx.execute(_INSERT, [_values(tenant_id, claim.key_fingerprint, claim.device_id) for claim in new])
+        _INSERT.run(tx, [_values(tenant_id, claim.key_fingerprint, claim.device_id) for claim in new])
 
 
 def block_keys(
@@ -120,7 +121,7 @@ def block_keys(
         tx.execute(sa.update(DeviceKey).where(*own).values(compromised_at=at))
     new = [fingerprint for fingerprint in key_fingerprints if fingerprint not in known]
     if new:
-        tx.execute(_INSERT, [_values(tenant_id, fingerprint, device_id, at) for fingerprint in new])
+        _INSERT.run(tx, [_values(tenant_id, fingerprint, device_id, at) for fingerprint in new])
 
 
 def _known(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> tuple[dict[str, Any], set[str]]:

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection
 
 from core.states import DeviceStatus, PresenceState
 from store.broker_tables import Broker
+from store.prepared import Prepared
 from store.tables import Device, Presence
 
 
@@ -82,7 +83,7 @@ class PresenceRecord:
         return self.also_at.get(broker_id)
 
 
-_INSERT = sa.insert(Presence)
+_INSERT = Prepared(sa.insert(Presence))
 _COLUMNS = (
     Presence.identity,
     Presence.state,
@@ -116,7 +117,7 @@ def add_presences(tx: Connection, added: Sequence[tuple[str, str, datetime]]) ->
         for tenant_id, identity, at in added
     ]
     if rows:
-        tx.execute(_INSERT, rows)
+        _INSERT.run(tx, rows)
 
 
 def record_presences(tx: Connection, broker_id: int, seen: Mapping[str, Sighting]) -> None:

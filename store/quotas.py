@@ -8,9 +8,10 @@ from sqlalchemy.engine import Connection
 from core.errors import QuotaReached
 from core.states import DeviceStatus
 from store.audit import Head, lock_audit_head
+from store.prepared import Prepared
 from store.tables import AuditHead, Device
 
-_COUNT = (
+_COUNT = Prepared(
     sa.update(AuditHead)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
     .values(clients=AuditHead.clients + sa.bindparam("more", type_=sa.BigInteger))
@@ -27,7 +28,7 @@ def count_clients(tx: Connection, tenant_id: str, more: int, *, most: int | None
     """
     if not more:
         return lock_audit_head(tx, tenant_id)
-    row = tx.execute(_COUNT, {"of_tenant": tenant_id, "more": more}).one()
+    row = _COUNT.row(tx, {"of_tenant": tenant_id, "more": more})
     if most is not None and more > 0 and row.clients > most:
         raise quota_reached(most)
     return Head(row.number, row.hash, row.edge)

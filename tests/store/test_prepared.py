@@ -1,0 +1,116 @@
+"""Statements whose text is made once: they write what SQLAlchemy's own execution of them writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from core.states import DeliveryStatus
+from store.database import Base, Database
+from store.prepared import Prepared
+from store.tables import Delivery, Device
+
+AT = datetime(2026, 3, 1, 12, 30, 0, 250, tzinfo=timezone(timedelta(hours=2)))
+DEVICE = {
+    "id": "d1",
+    "tenant_id": "default",
+    "name": "pump",
+    "type": "",
+    "location": "",
+    "firmware": "",
+    "metadata": {"line": 4},
+    "own_topics": True,
+    "status": "active",
+    "created_at": AT,
+    "updated_at": AT,
+    "generation": 3,
+    "kind": "device",
+}
+DELIVERY = {
+    "id": "l1",
+    "tenant_id": "default",
+    "device_id": "d1",
+    "certificate_id": 1,
+    "status": DeliveryStatus.READY,
+    "bundle": b"\0secret",
+    "sealed": True,
+    "format": "zip",
+    "created_at": AT,
+    "expires_at": AT,
+}
+Write = Callable[[Connection, Any, list[dict[str, Any]]], object]
+
+
+@pytest.fixture
+def tx(tmp_path: Path) -> Any:
+    database = Database(f"sqlite:///{tmp_path / 'portal.db'}", folder=tmp_path, threads=1)
+    with database.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.execute("PRAGMA foreign_keys = OFF")  # not within a transaction
+        driver.execute("PRAGMA ignore_check_constraints = ON")
+        Base.metadata.create_all(connection)
+        yield connection
+    database.close()
+
+
+def written(tx: Connection, table: type[Base]) -> list[tuple[Any, ...]]:
+    """Return the rows as SQLite has them, and empty the table."""
+    every = sa.text("*")
+    rows = [tuple(row) for row in tx.execute(sa.select(every).select_from(table))]
+    tx.execute(sa.delete(table))
+    return rows
+
+
+@pytest.mark.parametrize(("table", "row"), [(Device, DEVICE), (Delivery, DELIVERY)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_it_writes_what_sqlalchemy_writes(tx: Connection, table: type[Base], row: dict[str, Any], count: int) -> None:
+    rows = [{**row, "id": f"{row['id']}{number}"} for number in range(count)]
+    tx.execute(sa.insert(table), rows)
+    expected = written(tx, table)
+    prepared = Prepared(sa.insert(table))
+    for _ in range(2):  # as compiled for it, and as kept
+        prepared.run(tx, rows)
+        assert written(tx, table) == expected
+    assert len(expected) == count
+
+
+def test_values_of_the_statement_itself_are_written_too(tx: Connection) -> None:
+    Prepared(sa.insert(Delivery)).run(tx, [DELIVERY])
+    spend = Prepared(
+        sa.update(Delivery)
+        .where(Delivery.id == sa.bindparam("wanted"))
+        .values(status=DeliveryStatus.DELIVERED, bundle=None, delivered_at=sa.bindparam("at"))
+        .returning(Delivery.format, Delivery.sealed)
+    )
+    assert tuple(spend.row(tx, {"wanted": "l1", "at": AT})) == ("zip", 1)
+    row = tx.execute(sa.select(Delivery.status, Delivery.bundle, Delivery.delivered_at)).one()
+    assert tuple(row) == (DeliveryStatus.DELIVERED, None, AT.astimezone(UTC))
+
+
+def test_a_missing_value_is_an_error_and_not_a_null(tx: Connection) -> None:
+    spend = Prepared(sa.update(Delivery).where(Delivery.id == sa.bindparam("wanted")).values(format=sa.bindparam("as")))
+    with pytest.raises(KeyError, match="as"):
+        spend.run(tx, [{"wanted": "l1"}])
+
+
+def test_rows_with_other_columns_have_a_text_of_their_own(tx: Connection) -> None:
+    insert = Prepared(sa.insert(Device))
+    insert.run(tx, [DEVICE])
+    insert.run(tx, [{**DEVICE, "id": "d2", "external_id": "rack 7"}])
+    assert list(tx.execute(sa.select(Device.id, Device.external_id).order_by(Device.id))) == [
+        ("d1", None),
+        ("d2", "rack 7"),
+    ]
+
+
+def test_an_error_of_the_driver_is_sqlalchemys(tx: Connection) -> None:
+    insert = Prepared(sa.insert(Device))
+    insert.run(tx, [DEVICE])
+    with pytest.raises(sa.exc.IntegrityError):
+        insert.run(tx, [DEVICE])
