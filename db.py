@@ -15,7 +15,7 @@ from core.errors import ApplicationNotFound, DeviceNotFound
 from core.states import CertificateStatus, ClientKind, DeviceStatus
 from pki.algorithms import certificate_key_fingerprint
 from pki.issuers import Reason
-from store import keys
+from store import keys, webhooks
 from store.advances import ADVANCED
 from store.certificates import OF_DEVICE
 from store.database import UtcDateTime
@@ -284,7 +284,7 @@ _ADVANCE = (
 )
 
 
-_ADVANCE_AND_TELL: sa.UpdateBase = _ADVANCE.returning(TOLD)
+_ADVANCE_AND_TELL: sa.UpdateBase = _ADVANCE.returning(TOLD, webhooks.ANY)
 _ADVANCE_ALONE = Prepared(_ADVANCE)
 
 
@@ -297,4 +297,6 @@ def next_generation(tx: Connection, *, at: datetime) -> int:
     tx.info[ADVANCED] = True
     if tx.dialect.name == "sqlite":
         return int(_ADVANCE_ALONE.row(tx, {"at": at}).generation)
-    return int(tx.execute(_ADVANCE_AND_TELL, {"at": at}).scalar_one())
+    generation, _, any_webhook = tx.execute(_ADVANCE_AND_TELL, {"at": at}).one()
+    webhooks.note_subscriptions(tx, are_there=any_webhook)
+    return int(generation)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 SOCKET = ".advances"  # in the data folder
 ADVANCED = "portal_advanced"  # in the info of a connection whose transaction has the next generation
+SUBSCRIBED = "portal_subscribed"  # likewise, of one that has seen whether there are subscriptions to events
 _MANY = 1000  # datagrams that are read at once
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from core.errors import NotFound, StateConflict
 from core.states import BrokerEngine, BrokerKind
+from store import webhooks
 from store.broker_tables import Broker
 from store.database import UtcDateTime, columns_of
 from store.generations import BrokerStateRecord
@@ -267,7 +268,8 @@ def announced_generation(tx: Connection) -> int:
 def take_turns(tx: Connection) -> None:
     """Wait for those that write what brokers enforce: two that prove at once would each count the other as behind."""
     if tx.dialect.name != "sqlite":
-        tx.execute(sa.select(BrokerState.id).with_for_update())
+        query = sa.select(webhooks.ANY).select_from(BrokerState).with_for_update(of=BrokerState)
+        webhooks.note_subscriptions(tx, are_there=bool(tx.execute(query).scalar_one()))
 
 
 def _count_again(tx: Connection, at: datetime) -> None:

@@ -26,7 +26,7 @@ from core.errors import DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, Lock
 from core.fair_share import give_way
 from core.files import FileLock, folder_number
 from store import schema, scope
-from store.advances import ADVANCED, Advances
+from store.advances import ADVANCED, SUBSCRIBED, Advances
 from store.locks import Locks
 from store.shared_transactions import Item, Result, SharedTransactions
 
@@ -163,6 +163,7 @@ class Database:
             except BaseException as error:
                 self._failed |= isinstance(error, _UNAVAILABLE)
                 connection.info.pop(ADVANCED, None)
+                connection.info.pop(SUBSCRIBED, None)
                 connection.rollback()
                 raise
             try:
@@ -172,6 +173,7 @@ class Database:
                 connection.invalidate()  # it may still be in the transaction, which the next user would find
                 raise
             self._failed = False
+            connection.info.pop(SUBSCRIBED, None)
             if connection.info.pop(ADVANCED, False):
                 self.advances.tell()
 

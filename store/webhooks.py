@@ -14,7 +14,9 @@ from sqlalchemy.engine import Connection
 from core.errors import NotFound
 from core.states import EventDeliveryStatus
 from core.tenants import TenantStatus
+from store.advances import SUBSCRIBED
 from store.database import UtcDateTime, columns_of
+from store.scope import ALL_TENANTS, scope_of
 from store.tables import Tenant, Webhook, WebhookDelivery
 
 
@@ -186,6 +188,21 @@ _RECORDED_ALREADY = (
     .correlate(Webhook)
 )
 _ADD_EVENT_ONCE = sa.insert(WebhookDelivery).from_select(_EVENT_COLUMNS, _SUBSCRIBED.where(~_RECORDED_ALREADY.exists()))
+
+
+# Whether there are subscriptions, in a statement that is sent anyway: see ``note_subscriptions``.
+ANY = sa.exists(sa.select(Webhook.id))
+
+
+def note_subscriptions(tx: Connection, *, are_there: bool) -> None:
+    """Remember in a transaction what a statement has found by ``ANY``, in the scope of the transaction."""
+    tx.info[SUBSCRIBED] = scope_of(tx), are_there
+
+
+def may_be_subscribed(tx: Connection, tenant_id: str) -> bool:
+    """Return whether a tenant may have subscriptions, ``ALL_TENANTS`` for any; ``False`` only if none was seen."""
+    scope, are_there = tx.info.get(SUBSCRIBED, (None, True))
+    return are_there or scope not in (ALL_TENANTS, tenant_id)
 
 
 def add_event(tx: Connection, tenant_id: str, *, once: bool, type: str, **values: Any) -> None:  # noqa: A002 - as in JSON

@@ -344,7 +344,7 @@ def _new_deliveries(
 
 
 def _record_events(tx: Connection, tenant_id: str, issuances: Sequence[Issuance], now: datetime) -> None:
-    if not events.has_subscribers(tx):
+    if not events.has_subscribers(tx, tenant_id):
         return
     for issuance in issuances:
         credentials = issuance.credentials

@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from core.states import ClientKind
 from store import webhooks
+from store.scope import ALL_TENANTS
 
 _MARKER = "portal_subscribed"  # the execution option of an engine that holds the marker's path
 
@@ -65,10 +66,10 @@ def record(
 
     If the ``kind`` is that of an application, its type and id are those of one. ``facts`` go to the subscribers as
     they are, times as RFC 3339: never a secret. Two calls with the same ``once``, for the same device and type, are one
-    event. Without subscribers this costs a check for a file and no statement. Raises ``ValueError`` for a type that is
-    unknown.
+    event. Where it is known that there are no subscribers this costs no statement. Raises ``ValueError`` for a type
+    that is unknown.
     """
-    if not has_subscribers(tx):
+    if not has_subscribers(tx, tenant_id):
         return
     type = EventType(type).of(kind)  # noqa: A001 - as above
     event_id = secrets.token_hex(16)
@@ -91,10 +92,16 @@ def is_of_application(type_: str) -> bool:
     return type_.startswith(f"{ClientKind.APPLICATION}_")
 
 
-def has_subscribers(database: Connection | Engine) -> bool:
-    """Return whether there may be subscribers; ``False`` is certain."""
+def has_subscribers(database: Connection | Engine, tenant_id: str = ALL_TENANTS) -> bool:
+    """Return whether there may be subscribers of a tenant, or of any; ``False`` is certain.
+
+    On SQLite a file says so. On PostgreSQL a transaction knows it that has advanced the generation, or has taken its
+    turn to record what brokers enforce: the statements that do so look.
+    """
     marker = database.get_execution_options().get(_MARKER)
-    return marker is None or os.path.exists(marker)
+    if marker is not None:
+        return os.path.exists(marker)
+    return not isinstance(database, Connection) or webhooks.may_be_subscribed(database, tenant_id)
 
 
 def body_of(

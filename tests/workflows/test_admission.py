@@ -127,7 +127,7 @@ def state(portal: Portal, device_ids: Sequence[str]) -> dict[str, list[dict[str,
     found: dict[str, list[dict[str, Any]]] = {}
     with portal.database.snapshot() as tx:
         for table in Base.metadata.sorted_tables:
-            if table.name in OF_ENROLMENT | {"audit_heads", "brokers", "nodes"}:
+            if table.name in OF_ENROLMENT | {"audit_heads", "brokers", "enforcement_steps", "nodes"}:
                 continue
             rows = [dict(row) for row in tx.execute(sa.select(table).order_by(*table.primary_key)).mappings()]
             plain = [_plain(row, names) for row in rows if row.get("action") not in OTHER_ACTS]

@@ -19,7 +19,7 @@ from core import metrics
 from core.errors import Conflict, PortalError, Unavailable
 from core.failpoints import failpoint
 from core.files import FileLock
-from store import audit, webhooks
+from store import audit, brokers, webhooks
 from store.audit import Actor
 from store.database import Database
 from store.scope import ALL_TENANTS
@@ -102,7 +102,8 @@ class Webhooks:
             self._marker.touch(mode=0o600)  # before the commit, after which no event may be missed
             new = MadeSecret("webhook", webhook_id, shown(secret))
             made = self._answers.secret_once(actor, idempotency_key, [name, url, types], new, write)
-        with self._database.snapshot() as tx:
+        with self._database.transaction() as tx:
+            brokers.take_turns(tx)  # after those that looked for subscriptions before this one was committed
             return made.secret, webhooks.get_webhook(tx, actor.tenant_id, made.id)
 
     def delete(self, actor: Actor, webhook_id: str) -> tuple[WebhookRecord, Backlog]:
