@@ -114,7 +114,8 @@ class RunningPortal:
             if self._fill is not None:
                 self._fill(self.data)
                 self._run("init").wait()  # writes the broker's files again
-            self._broker.start()
+            if self._settings["PORTAL_BROKER_CONTROL"] != "none":
+                self._broker.start()
             started = time.monotonic()
             self._server = self._run("serve")
             self._wait_until_ready(self._server)

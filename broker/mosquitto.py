@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from types import MappingProxyType
 
@@ -54,6 +54,12 @@ class Mosquitto:
         narrowed: Set[str] = frozenset(),
     ) -> None:
         """Take over each session with clean start (MQTT 5.0 section 3.1.4); see ``broker.control.BrokerControl``."""
+        self._end_each(device_ids, deadline, revoked, lambda _: None)
+
+    def _end_each(
+        self, device_ids: Sequence[str], deadline: float, revoked: Mapping[str, str], ended: Callable[[str], None]
+    ) -> None:
+        """End each session; ``ended`` is told of those that are."""
         password = self._folder.password()
         try:
             for start in range(0, len(device_ids), _DISCONNECTS_IN_FLIGHT):
@@ -74,6 +80,8 @@ class Mosquitto:
                             log.error(
                                 "the broker did not clear a revoked device's retained messages: is its guard old?"
                             )
+                for device_id in device_ids[start : start + _DISCONNECTS_IN_FLIGHT]:
+                    ended(device_id)
         except OSError as error:
             raise unavailable(self._settings, error) from error
 

@@ -6,7 +6,7 @@ It is one for the installation: what a broker must enforce is read whoever owns 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -72,9 +72,7 @@ _DEVICES = (
 _DEVICES_WITH_TOPICS = _DEVICES.where(_OWN_TOPICS)
 _SINCE, _UNTIL = Device.generation > sa.bindparam("since"), Device.generation <= sa.bindparam("until")
 _CHANGED_DEVICES = _DEVICES.where(_SINCE, _CHANGED)
-_CHANGED_TOPICS = TOPICS.where(AclEntry.device_id.in_(sa.select(Device.id).where(_SINCE, _CHANGED)))
-_TOPICS_UNTIL = TOPICS.where(AclEntry.device_id.in_(sa.select(Device.id).where(_UNTIL)))
-_CHANGED_TOPICS_UNTIL = TOPICS.where(AclEntry.device_id.in_(sa.select(Device.id).where(_SINCE, _UNTIL, _CHANGED)))
+_OF_DEVICES = TOPICS.where(AclEntry.device_id.in_(sa.bindparam("ids", expanding=True)))
 
 
 def acl_changes(tx: Connection, *, since: int, defaults: bool, until: int | None = None) -> Iterator[AclChange]:
@@ -82,21 +80,19 @@ def acl_changes(tx: Connection, *, since: int, defaults: bool, until: int | None
 
     From generation 0 on this is the whole ACL, if ``defaults`` includes devices with the default topics. Without these,
     which a pattern line covers, it is the devices with their own topics. Later changes than ``until`` are left out.
+    A part of them is in memory at a time.
     """
     parameters = {"since": since} if since > 0 else {}
-    if since > 0:
-        devices, own_topics = _CHANGED_DEVICES, _CHANGED_TOPICS
-    else:
-        devices, own_topics = _DEVICES if defaults else _DEVICES_WITH_TOPICS, TOPICS
+    devices = _CHANGED_DEVICES if since > 0 else _DEVICES if defaults else _DEVICES_WITH_TOPICS
     if until is not None:
         parameters["until"] = until
-        devices, own_topics = devices.where(_UNTIL), _CHANGED_TOPICS_UNTIL if since > 0 else _TOPICS_UNTIL
-    topics: Mapping[str, Sequence[tuple[str, str]]] | None = None
-    for tenant_id, device_id, status, has_topics, generation, kind in tx.execute(devices, parameters):
-        if has_topics and topics is None:
-            topics = topics_by_device(tx, own_topics, **parameters)
-        own = tuple(topics.get(device_id, ())) if has_topics and topics is not None else None
-        yield AclChange(tenant_id, device_id, status, own, generation, kind)
+        devices = devices.where(_UNTIL)
+    for part in tx.execute(devices, parameters).partitions():
+        with_topics = [row.id for row in part if row.own_topics]
+        topics = topics_by_device(tx, _OF_DEVICES, ids=with_topics) if with_topics else {}
+        for tenant_id, device_id, status, has_topics, generation, kind in part:
+            own = tuple(topics.get(device_id, ())) if has_topics else None
+            yield AclChange(tenant_id, device_id, status, own, generation, kind)
 
 
 def end_of_page(tx: Connection, since: int, size: int) -> int | None:
@@ -176,6 +172,51 @@ _NARROWED = sa.select(Device.id).where(
     Device.narrowed_generation > sa.bindparam("since"),
     sa.text("devices.narrowed_generation > 0"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class SessionToEnd:
+    """A client whose session must end: ``is_narrowed`` if it has lost topics only, else ``is_revoked`` if for good."""
+
+    tenant_id: str
+    device_id: str
+    is_revoked: bool = False
+    is_narrowed: bool = False
+
+
+_DENIED_SINCE = sa.and_(Device.generation > sa.bindparam("since"), _DENIED)
+_CERTIFICATE_REVOKED = sa.and_(
+    Certificate.generation > sa.bindparam("since"), _ON_A_CRL, Certificate.status == CertificateStatus.REVOKED
+)
+_DENIED_SESSIONS = (
+    sa.select(Device.tenant_id, Device.id, Device.status).where(_DENIED_SINCE).execution_options(yield_per=5000)
+)
+_REVOKED_SESSIONS = (
+    sa.select(Certificate.tenant_id, Certificate.device_id)
+    .distinct()
+    .where(_CERTIFICATE_REVOKED, Certificate.device_id.is_not(None))
+    .where(~sa.exists().where(Device.id == Certificate.device_id, _DENIED_SINCE))
+    .execution_options(yield_per=5000)
+)
+_NARROWED_SESSIONS = (
+    sa.select(Device.tenant_id, Device.id)
+    .where(Device.narrowed_generation > sa.bindparam("since"), sa.text("devices.narrowed_generation > 0"))
+    .where(~_DENIED_SINCE, ~sa.exists().where(Certificate.device_id == Device.id, _CERTIFICATE_REVOKED))
+    .execution_options(yield_per=5000)
+)
+
+
+def sessions_to_end(tx: Connection, since: int) -> Iterator[SessionToEnd]:
+    """Yield the clients of which something was taken away after generation ``since``, each once.
+
+    They are those of ``devices_to_disconnect``, and those of ``narrowed_since`` that are not among them.
+    """
+    for tenant_id, device_id, status in tx.execute(_DENIED_SESSIONS, {"since": since}):
+        yield SessionToEnd(tenant_id, device_id, is_revoked=status == DeviceStatus.REVOKED)
+    for tenant_id, of_certificate in tx.execute(_REVOKED_SESSIONS, {"since": since}):
+        yield SessionToEnd(tenant_id, of_certificate or "")
+    for tenant_id, device_id in tx.execute(_NARROWED_SESSIONS, {"since": since}):
+        yield SessionToEnd(tenant_id, device_id, is_narrowed=True)
 
 
 _TAKES_AWAY = sa.select(

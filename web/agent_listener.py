@@ -168,6 +168,7 @@ class _Conversation(Conversation):
         asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         mark = Mark(_number(asked.get("since", "0")), _digest(asked.get("digest", "0" * 64)))
         seen = TrustNames(_digest(asked.get("cas", "0" * 64)), _digest(asked.get("crls", "0" * 64)))
+        ends = _number(asked.get("ends", "0"))
         wait = min(float(_number(asked.get("wait", "0"))), MAX_WAIT)
         feed, record = self._portal.agent_feed, self._agent
         start = feed.start_of(record, mark)
@@ -179,7 +180,7 @@ class _Conversation(Conversation):
             content = none_line(start.generation, feed.names())
             self.send(HTTPStatus.OK, content, "text/plain")
             return
-        with contextlib.closing(feed.page(record, start)) as page:
+        with contextlib.closing(feed.page(record, start, ends)) as page:
             self._send_page(record, start, page)
 
     def _send_page(self, record: AgentRecord, start: Given, page: Page) -> None:

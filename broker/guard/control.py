@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from broker.control import PresenceReports, RestartReason
 from broker.crl import Trust
 from broker.folder import CRLS_READ
+from broker.guard.ended import EndedSessions
 from broker.guard.folder import GuardFiles
 from broker.guard.journal import Position, read_position
 from broker.guard.presence import GuardReports
 from broker.guard.writing import JournalControl, whole_number
 from broker.mosquitto import Mosquitto
 from broker.probe import ProbeCertificate, Resumption
+from broker.process import started_at
 from broker.session import (
     FAILURE,
     NOT_AUTHORISED,
@@ -47,6 +50,7 @@ SOME_CRL_BYTES, MORE_CRL_BYTES_A_SECOND, MAX_CRL_BYTES = 25 << 20, 1000, 150 << 
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 _REASON_SECONDS = 0.5  # to ask, after the deadline, why there is no proof
+_MANY_SESSIONS = 1000  # more of them may take longer than a pass has time
 _LOOK_SECONDS = 1.0  # to ask whether the guard knows tenants
 
 
@@ -57,6 +61,7 @@ class GuardControl(JournalControl, Mosquitto):
         JournalControl.__init__(self, settings, GuardFiles(settings, clock), clock)
         Mosquitto.__init__(self, settings, self.files)
         self._known_version = 0  # of the guard, which each process of the portal asks for once
+        self._ended, self._ended_at = EndedSessions(self.files.journal), 0.0
 
     # --- CRLs
 
@@ -112,6 +117,40 @@ class GuardControl(JournalControl, Mosquitto):
 
     publishes_crls = True
     clears_retained = True
+
+    def end_sessions(
+        self,
+        device_ids: Sequence[str],
+        deadline: float,
+        *,
+        revoked: Mapping[str, str] = MappingProxyType({}),
+        narrowed: Set[str] = frozenset(),
+    ) -> None:
+        """End sessions; of very many, a pass ends those that the one before had no time for.
+
+        See ``broker.control.BrokerControl``.
+        """
+        if len(device_ids) <= _MANY_SESSIONS:
+            self._end_each(device_ids, deadline, revoked, lambda _: None)
+            return
+        started = started_at(self._settings)
+        if started != self._ended_at:  # one that ended badly may have read older sessions from its disk
+            self._ended, self._ended_at = EndedSessions(self.files.journal), started
+        left, done = self._ended.left(device_ids), 0
+
+        def ended(device_id: str) -> None:
+            nonlocal done
+            self._ended.add(device_id)
+            done += 1
+
+        try:
+            self._end_each(left, deadline, revoked, ended)
+        except BrokerUnavailable as error:
+            if done == 0:
+                raise
+            raise BrokerUnavailable(
+                f"{len(left) - done} sessions of {len(device_ids)} are still to be ended."
+            ) from error
 
     def check_filter(self, text: str) -> None:
         """Do nothing: the guard grants every one."""

@@ -17,6 +17,8 @@ pages have one digest. Who has nothing to give answers the line ``none GENERATIO
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import re
 import secrets
 import tempfile
@@ -192,13 +194,13 @@ class FeedDraft(GuardAccess):
         issuer_hash = hashlib.sha256(issuer).hexdigest()
         self._writer.add(journal.serial_line(issuer_hash, serial_number, identity or UNKNOWN_IDENTITY))
 
-    def end_sessions(self, disconnected: Sequence[str], revoked: Mapping[str, str], narrowed: Sequence[str]) -> None:
-        """Add whose sessions must end; see ``broker.control.Changes``."""
-        for device_id in disconnected:
-            prefix = revoked.get(device_id)
-            self._writer.add(f"cut {device_id}" if prefix is None else f"clear {device_id} {journal.encode(prefix)}")
-        for device_id in narrowed:
-            self._writer.add(f"narrow {device_id}")
+    def end_session(self, device_id: str, revoked: str | None = None) -> None:
+        """Add a client whose session must end; ``revoked`` is the prefix of its topics if it was revoked for good."""
+        self._writer.add(f"cut {device_id}" if revoked is None else f"clear {device_id} {journal.encode(revoked)}")
+
+    def narrow(self, device_id: str) -> None:
+        """Add a client that has lost topics only."""
+        self._writer.add(f"narrow {device_id}")
 
     def puts_off_crls(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
         """Return that it has no CRLs to put off: an agent fetches them by their names."""
@@ -304,16 +306,68 @@ def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-@dataclass(slots=True)
 class Sessions:
-    """Whose sessions must end, as the lines of pages say."""
+    """Whose sessions must end, as the lines of pages say: in a temporary file once they are many."""
 
+    def __init__(self) -> None:
+        self.left = 0
+        self._file: IO[bytes] = io.BytesIO()
+        self._done = 0  # bytes of lines about those that have ended
+
+    def take(self, text: str) -> bool:
+        """Take in a line; return whether it was about a session."""
+        if not text.startswith(("cut ", "clear ", "narrow ")):
+            return False
+        self._write(f"{text}\n".encode("ascii"))
+        self.left += 1
+        return True
+
+    def _write(self, content: bytes) -> None:
+        if self._file.seek(0, os.SEEK_END) > MAX_IN_MEMORY and isinstance(self._file, io.BytesIO):
+            before, self._file = self._file, tempfile.TemporaryFile()  # noqa: SIM115 - until ``close``
+            self._file.write(before.getbuffer())
+        self._file.write(content)
+
+    def add(self, others: Sessions) -> None:
+        """Add those of others, and close those."""
+        others._file.seek(others._done)
+        while block := others._file.read(_BLOCK_BYTES):
+            self._write(block)
+        self.left += others.left
+        others.close()
+
+    def first(self, most: int) -> ToEnd:
+        """Return the first of those that are left."""
+        found = ToEnd()
+        self._file.seek(self._done)
+        for _ in range(min(most, self.left)):
+            line = self._file.readline()
+            found.take(line.decode("ascii").rstrip("\n"))
+            found.lines, found.size = found.lines + 1, found.size + len(line)
+        return found
+
+    def ended(self, those: ToEnd) -> None:
+        """Take in that the first of those that were left have ended."""
+        self._done += those.size
+        self.left -= those.lines
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.close()
+
+
+@dataclass(slots=True)
+class ToEnd:
+    """Some whose sessions must end; ``lines`` of ``size`` bytes said so."""
+
+    lines: int = 0
+    size: int = 0
     disconnected: dict[str, None] = field(default_factory=dict)
     revoked: dict[str, str] = field(default_factory=dict)
     narrowed: dict[str, None] = field(default_factory=dict)
 
-    def take(self, text: str) -> bool:
-        """Take in a line; return whether it was about a session."""
+    def take(self, text: str) -> None:
+        """Take in a line."""
         match text.split(" "):
             case ["cut", device_id]:
                 self.disconnected[device_id] = None
@@ -322,15 +376,6 @@ class Sessions:
                 self.revoked[device_id] = journal.decode(prefix)
             case ["narrow", device_id]:
                 self.narrowed[device_id] = None
-            case _:
-                return False
-        return True
-
-    def add(self, others: Sessions) -> None:
-        """Add those of others."""
-        self.disconnected |= others.disconnected
-        self.revoked |= others.revoked
-        self.narrowed |= others.narrowed
 
     def changes(self, generation: int, *, in_doubt: bool) -> Changes:
         """Return what the broker must be seen to obey."""

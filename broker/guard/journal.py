@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ MAX_NUMBER = (1 << 63) - 1
 _ACCESS = {Access.READ: "r", Access.WRITE: "w", Access.READWRITE: "rw"}
 _TAIL_BYTES = (2048, 4 * MAX_LINE_BYTES)  # of which the last lines are read: a usual change is some hundred bytes
 _BLOCK_BYTES = 1 << 20
+_MAX_IN_MEMORY = 4 << 20  # bytes of lines to append
 _LINE = re.compile(rb"(([0-9]{1,19}) (?:generation ([0-9]{1,19})|[a-z]+ [!-~][ -~]*)) ([0-9a-f]{8})\n")
 
 
@@ -176,17 +178,37 @@ class Unsynced:
 
 
 class JournalAppend:
-    """Lines to append to a journal at a position; nothing is written before ``commit``. The caller holds the lock."""
+    """Lines to append to a journal at a position; nothing is written before ``commit``. The caller holds the lock.
+
+    Very many are kept in a file without a name beside the journal until then.
+    """
 
     def __init__(self, path: Path, position: Position) -> None:
         self.position = position
         self._path = path
         self._renderer = _Renderer(position.seq, position.checksum)
         self._lines: list[bytes] = []
+        self._size = 0  # of those
+        self._spilled: BinaryIO | None = None  # the lines before those
 
     def add(self, text: str) -> None:
-        """Add a line."""
-        self._lines.append(self._renderer.line(text))
+        """Add a line; raise ``BrokerUnavailable`` if it cannot be kept."""
+        line = self._renderer.line(text)
+        self._lines.append(line)
+        self._size += len(line)
+        if self._size >= _MAX_IN_MEMORY:
+            self._spill()
+
+    def _spill(self) -> None:
+        try:
+            if self._spilled is None:
+                self._spilled = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 - until it is discarded
+            self._spilled.writelines(self._lines)
+        except OSError as error:
+            self.discard()
+            raise BrokerUnavailable.unwritable(self._path, error) from error
+        self._lines.clear()
+        self._size = 0
 
     def commit(self, generation: int) -> Position:
         """Append the lines and one that states ``generation``, durably; return where the journal ends then.
@@ -205,26 +227,37 @@ class JournalAppend:
         the guard may have read. They are true, and the next append continues behind them.
         """
         self.add(f"generation {generation}")
-        content = b"".join(self._lines)
         before = self.position
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 self._cut_torn_line(descriptor)
-                _write_lines(descriptor, content, before.size)
+                size = _write_lines(descriptor, self._blocks(), before.size)
                 failpoint("journal.written")
                 unsynced = Unsynced(self._path, os.dup(descriptor))
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise BrokerUnavailable.unwritable(self._path, error) from error
+        finally:
+            self.discard()
         seq, checksum = self._renderer.seq, self._renderer.checksum
-        end = Position(before.epoch, seq, generation, checksum, before.size + len(content), before.inode)
+        end = Position(before.epoch, seq, generation, checksum, before.size + size, before.inode)
         return end, unsynced
+
+    def _blocks(self) -> Iterator[bytes]:
+        if self._spilled is not None:
+            self._spilled.seek(0)
+            yield from iter(lambda: self._spilled.read(_BLOCK_BYTES) if self._spilled else b"", b"")
+        yield b"".join(self._lines)
 
     def discard(self) -> None:
         """Drop the lines."""
         self._lines.clear()
+        spilled, self._spilled = self._spilled, None
+        if spilled is not None:
+            with contextlib.suppress(OSError):
+                spilled.close()
 
     def _cut_torn_line(self, descriptor: int) -> None:
         status = os.fstat(descriptor)
@@ -236,15 +269,21 @@ class JournalAppend:
         os.ftruncate(descriptor, self.position.size)
 
 
-def _write_lines(descriptor: int, content: bytes, start: int) -> None:
-    """Write at ``start``; if that fails midway, cut off the incomplete line and raise ``OSError``."""
-    done = 0
+def _write_lines(descriptor: int, blocks: Iterable[bytes], start: int) -> int:
+    """Write at ``start``; return how many bytes. If that fails, cut off an incomplete line, and raise ``OSError``."""
+    end = whole = start  # of what is written, and of its last complete line
     try:
-        while done < len(content):
-            done += os.pwrite(descriptor, content[done : done + _BLOCK_BYTES], start + done)
+        for block in blocks:
+            done = 0
+            while done < len(block):
+                count = os.pwrite(descriptor, block[done : done + _BLOCK_BYTES], end)
+                if (last := block.rfind(b"\n", done, done + count)) >= 0:
+                    whole = end + last + 1 - done
+                done, end = done + count, end + count
     except OSError:
-        os.ftruncate(descriptor, start + content.rfind(b"\n", 0, done) + 1)
+        os.ftruncate(descriptor, whole)
         raise
+    return end - start
 
 
 class NewJournal:

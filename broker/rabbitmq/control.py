@@ -21,12 +21,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from broker.control import PresenceReports
 from broker.crl import Trust
 from broker.folder import SERVER_CERTIFICATE_FILE
+from broker.guard.ended import EndedSessions
 from broker.guard.journal import Position
 from broker.guard.writing import JournalControl
 from broker.probe import ProbeCertificate, ProbeCertificates, ProbeResult, Resumption
 from broker.rabbitmq.answers import IN_FLIGHT_SECONDS, check_filter
 from broker.rabbitmq.cluster import Cluster
-from broker.rabbitmq.ended import EndedSessions
 from broker.rabbitmq.folder import RabbitmqFiles
 from broker.rabbitmq.presence import RabbitmqReports
 from broker.rabbitmq.probe import Believed, NodeProbe, NodeStopped

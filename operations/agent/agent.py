@@ -50,6 +50,7 @@ SIGN_SECONDS = 10.0  # between two signs of life for the portal
 CERTIFICATES_SECONDS, PROBE_SECONDS = 60.0, 60.0
 AGAIN_SECONDS, REFUSED_SECONDS = 1.0, 10.0
 SAME_PROBLEM_SECONDS = 60.0
+MAX_SESSIONS = 1000  # that are ended with a proof; more are ended before it, as many at a time
 LINE_BYTES = 55  # of a device in the journal
 KEPT_SECONDS = 10.0  # between two notes of when the portal was heard, which `agent status` shows
 # New CRLs are fetched so seldom that they are no burden on a thin link: a second for each 100 kB, a minute at most.
@@ -67,10 +68,14 @@ class _Loading:
 
 @dataclass(slots=True)
 class _Proof:
-    """What was installed and is to be proven: the page, whose sessions must end, and whether there are new CRLs."""
+    """What was installed and is to be proven: the page, whose sessions must end, and whether there are new CRLs.
+
+    ``ends`` is up to which generation it is known whose sessions must end, 0 if that is what the portal has recorded.
+    """
 
     mark: Mark = NOTHING
     sessions: Sessions = field(default_factory=Sessions)
+    ends: int = 0
     has_crls: bool = False
     in_doubt: bool = True  # at first: what the broker has obeyed before is not known
 
@@ -202,8 +207,8 @@ class Agent:
         with self._lock:
             if self._loading is not None and self._loading.page is not None:
                 self._install(self._loading, self._loading.page)
-            asked = self._asked()
-        with self._client.changes(asked, self._seen, wait) as lines:
+            asked, ends = self._asked(), self._proof.ends if self._proof is not None else 0
+        with self._client.changes(asked, self._seen, wait, ends=ends) as lines:
             reader = PageReader()
             reader.read(next(lines, b""))
             if reader.page is not None:
@@ -254,6 +259,7 @@ class Agent:
                 elif not sessions.take(text):
                     draft.add_line(text, urgent=self._is_awaited(text))
         except BaseException:
+            sessions.close()
             if draft.since > 0:  # a new journal goes on with the same page again
                 self._discard()
             raise
@@ -308,9 +314,12 @@ class Agent:
     def _taken(self, page: ReadPage, sessions: Sessions) -> None:
         """Install a page that is whole, and have it proven if it is the last one."""
         if self._loading is None:
+            sessions.close()
             return
         loading, proof = self._loading, self._proof or _Proof(in_doubt=self._reported == NOTHING)
         proof.sessions.add(sessions)
+        if page.is_last:
+            proof.ends = page.mark.generation
         self._proof = proof
         if loading.draft.since == 0 and not page.is_last:
             loading.mark = page.mark  # the next page goes into the same journal
@@ -359,10 +368,12 @@ class Agent:
         proof = self._proof
         if proof is None or proof.mark == NOTHING or self._loading is not None:
             return
-        changes = proof.sessions.changes(proof.mark.generation, in_doubt=proof.in_doubt or proof.has_crls)
         started = time.monotonic()
         deadline = started + self._settings.enforce_timeout
         try:
+            self._end_many(proof, deadline)
+            those = proof.sessions.first(MAX_SESSIONS)
+            changes = those.changes(proof.mark.generation, in_doubt=proof.in_doubt or proof.has_crls)
             self._broker.bring_into_force(
                 changes, self._folder.probes, deadline, lambda *_steps: None, has_crls=proof.has_crls or proof.in_doubt
             )
@@ -370,6 +381,7 @@ class Agent:
             self._tell(error.detail)
             raise
         failpoint("agent.proven")
+        proof.sessions.close()
         self._proof = None
         self._problem = ("", 0.0)
         self._keep(mark=proof.mark, problem="")
@@ -379,6 +391,25 @@ class Agent:
         failpoint("agent.before_report")
         self._report()
         failpoint("agent.after_report")
+
+    def _end_many(self, proof: _Proof, deadline: float) -> None:
+        """End sessions until few are left, which are ended with the proof; raise ``BrokerUnavailable`` if time is up.
+
+        Then the next attempt goes on with those that are left.
+        """
+        count, generation = 0, proof.mark.generation
+        while proof.sessions.left > MAX_SESSIONS:
+            if count == 0:  # nobody comes back who is denied
+                self._control.enforce(generation, deadline)
+            those = proof.sessions.first(MAX_SESSIONS)
+            changes = those.changes(generation, in_doubt=False)
+            narrowed, revoked = frozenset(changes.narrowed), changes.revoked
+            if count and time.monotonic() > deadline:
+                raise BrokerUnavailable(f"{proof.sessions.left} sessions are still to be ended; that takes a while.")
+            least = time.monotonic() + self._settings.enforce_timeout
+            self._broker.disconnect(changes.sessions_to_end, least, revoked=revoked, narrowed=narrowed)
+            proof.sessions.ended(those)
+            count += those.lines
 
     def _report(self) -> None:
         """Say how far the broker was seen to obey."""
@@ -485,6 +516,8 @@ class Agent:
             return False
         if not state.denies_all:
             self._discard()
+            if self._proof is not None:
+                self._proof.sessions.close()
             self._proof = None
             log.error("the portal was not heard for long, so the broker denies every device")
             with contextlib.suppress(ProjectionInvalid):  # a damaged journal denies everybody anyway

@@ -19,6 +19,7 @@ from core.errors import (
     ClientCertificateRefused,
     Forbidden,
     PortalError,
+    ProjectionInvalid,
     StateConflict,
     Unauthenticated,
     Unavailable,
@@ -61,10 +62,23 @@ class PortalClient:
         self._pool.close()
 
     @contextlib.contextmanager
-    def changes(self, since: Mark, seen: TrustNames, wait: int) -> Iterator[Iterator[bytes]]:
-        """Ask for the changes after a page; yield the lines as they arrive. Raise ``Unavailable``, or a refusal."""
-        query = {"since": since.generation, "digest": since.digest, "cas": seen.cas, "crls": seen.crls, "wait": wait}
+    def changes(self, since: Mark, seen: TrustNames, wait: int, *, ends: int = 0) -> Iterator[Iterator[bytes]]:
+        """Ask for the changes after a page; yield the lines as they arrive. Raise ``Unavailable``, or a refusal.
+
+        Whose sessions must end because of changes up to generation ``ends`` is known already.
+        """
+        query: dict[str, str | int] = {
+            "since": since.generation,
+            "digest": since.digest,
+            "cas": seen.cas,
+            "crls": seen.crls,
+            "wait": wait,
+        }
+        if ends:
+            query["ends"] = ends
         with self._request("GET", f"/broker-agents/changes?{urlencode(query)}", wait=wait) as answer:
+            if int(answer.headers.get("Content-Length", MAX_ANSWER + 1)) > MAX_ANSWER:
+                raise ProjectionInvalid(f"The portal's list of changes is longer than {MAX_ANSWER} bytes.")
             yield split_lines(answer.stream(_BLOCK))
 
     def trust(self) -> tuple[TrustNames, Mapping[str, Any]]:

@@ -41,6 +41,7 @@ OF_JOBS: dict[str, Query] = {
     "the ACL beside a pattern": lambda tx: list(generations.acl_changes(tx, since=0, defaults=False)),
     "devices revoked since": lambda tx: generations.revoked_since(tx, 7),
     "devices to disconnect": lambda tx: generations.devices_to_disconnect(tx, since=7),
+    "sessions to end": lambda tx: list(generations.sessions_to_end(tx, 7)),
     "devices denied since a time": lambda tx: generations.devices_denied_since(tx, NOW),
     "number of certificates on the CRL": lambda tx: issuers.count_revoked(tx, 2, now=NOW),
     "certificates on the CRL": lambda tx: issuers.revoked_ids(tx, 2, after=NOW),

@@ -125,11 +125,15 @@ class AgentFeed:
                 self._generation, self._known_names = generation, names
                 self._changed.notify_all()
 
-    def page(self, record: AgentRecord, start: Given) -> Page:
-        """Return the changes after a page, up to the newest generation or one before, if they are many."""
+    def page(self, record: AgentRecord, start: Given, ends: int = 0) -> Page:
+        """Return the changes after a page, up to the newest generation or one before, if they are many.
+
+        The agent knows already, and remembers, whose sessions must end because of changes up to generation ``ends``.
+        """
         with self._making:
             kept = self._kept
-            cut_since = record.applied_generation
+            applied = record.applied_generation  # 0 of a broker that was never seen to obey
+            cut_since = max(applied, min(ends, start.generation)) if applied else 0
             fits = kept is not None and (kept.since, kept.cut_since) == (start.generation, cut_since)
             if kept is not None and fits and kept.page.newest == self._newest():
                 return kept.page
@@ -177,13 +181,14 @@ class AgentFeed:
 
     def _end_sessions(self, tx: Connection, draft: FeedDraft, known: BrokerTenants, since: int) -> None:
         """Name whose sessions must end. At a broker that has never been seen to obey, a guard admits nobody before."""
-        disconnected = generations.devices_to_disconnect(tx, since=since)
-        revoked = {}
-        for device_id, tenant_id in generations.revoked_since(tx, since).items() if disconnected else ():
-            tenant = known.of(tenant_id)
-            revoked[device_id] = self._settings.topic_prefix if tenant is None else tenant.prefix
-        narrowed = {*generations.narrowed_since(tx, since)} - {*disconnected}
-        draft.end_sessions(disconnected, revoked, sorted(narrowed))
+        for one in generations.sessions_to_end(tx, since):
+            if one.is_narrowed:
+                draft.narrow(one.device_id)
+            elif one.is_revoked:
+                tenant = known.of(one.tenant_id)
+                draft.end_session(one.device_id, self._settings.topic_prefix if tenant is None else tenant.prefix)
+            else:
+                draft.end_session(one.device_id)
 
     def given(self, record: AgentRecord, start: Given, page: Page) -> None:
         """Record that an agent is given a page, before its last line is sent.

@@ -39,7 +39,9 @@ def page_of(*, since: int = 3, generation: int = 7, newest: int = 7) -> Page:
     draft.deny(TWO, ACME)
     draft.forget(ONE)
     draft.revoke_certificate(b"issuer", "2a", None, is_probe=False)
-    draft.end_sessions([ONE, TWO], {TWO: "devices"}, ["narrowed"])
+    draft.end_session(ONE)
+    draft.end_session(TWO, "devices")
+    draft.narrow("narrowed")
     return lines.page(since, generation, newest)
 
 
@@ -176,6 +178,31 @@ def test_who_is_cut_is_not_only_narrowed() -> None:
     assert others.take(f"clear {TWO} sites/acme%20plant")
     assert not sessions.take(f"deny {ONE}")
     sessions.add(others)
-    changes = sessions.changes(9, in_doubt=False)
+    changes = sessions.first(10).changes(9, in_doubt=False)
     assert changes.disconnected == [ONE, TWO]
     assert (changes.revoked, changes.narrowed) == ({TWO: "sites/acme plant"}, [])
+    sessions.close()
+
+
+@pytest.mark.parametrize("in_memory", [feed.MAX_IN_MEMORY, 50])
+def test_sessions_are_ended_some_at_a_time_while_more_are_added(
+    monkeypatch: pytest.MonkeyPatch, in_memory: int
+) -> None:
+    monkeypatch.setattr(feed, "MAX_IN_MEMORY", in_memory)
+    sessions, names = Sessions(), [str(uuid.UUID(int=number)) for number in range(7)]
+    for name in names[:5]:
+        sessions.take(f"cut {name}")
+    seen: list[str] = []
+    while sessions.left:
+        those = sessions.first(2)
+        assert sessions.first(2).disconnected == those.disconnected  # until they have ended
+        seen += those.disconnected
+        sessions.ended(those)
+        if len(seen) == 2:
+            more = Sessions()
+            more.take(f"cut {names[5]}")
+            more.take(f"cut {names[6]}")
+            sessions.add(more)
+    assert seen == names
+    assert sessions.first(2).disconnected == {}
+    sessions.close()

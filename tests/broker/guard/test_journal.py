@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import zlib
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.guard import journal
-from broker.guard.journal import JournalAppend, NewJournal, Position, read_position
+from broker.guard.journal import JournalAppend, NewJournal, Position, read_access, read_position
 from core.errors import BrokerUnavailable, ProjectionInvalid
 from core.topics import Access
 
@@ -267,3 +268,45 @@ def test_a_new_epoch_replaces_the_journal_only_when_it_is_complete(path: Path, m
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(BrokerUnavailable, match="cannot be written"):
         NewJournal(tmp_path / "none" / "guard.journal", 1, mode=0o640, group=None)
+
+
+def test_very_many_lines_are_appended_as_few_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_MAX_IN_MEMORY", 200)
+    monkeypatch.setattr(journal, "_BLOCK_BYTES", 64)
+    begun = begin(path)
+    few, many = JournalAppend(path, begun), JournalAppend(path, begun)
+    names = [f"{number:08}-0000-4000-8000-000000000000" for number in range(50)]
+    for name in names:
+        many.add(journal.deny_line(name))
+        assert sum(map(len, many._lines)) < 200
+    assert [*path.parent.iterdir()] == [path]
+    end = many.commit(7)
+    assert read_position(path, whole=True) == end
+    assert [*read_access(path)][-50:] == names
+    with pytest.raises(BrokerUnavailable, match="changed by somebody else"):
+        few.commit(7)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_very_many_lines_leaves_whole_ones(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_MAX_IN_MEMORY", 200)
+    monkeypatch.setattr(journal, "_BLOCK_BYTES", 64)
+    begun = begin(path)
+    many, left, write = JournalAppend(path, begun), [20], os.pwrite
+
+    def full(descriptor: int, content: bytes, at: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, content[:50], at)
+
+    for number in range(50):
+        many.add(journal.deny_line(f"{number:08}-0000-4000-8000-000000000000"))
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(BrokerUnavailable, match="No space"):
+        many.commit(7)
+    monkeypatch.undo()
+    after = read_position(path, whole=True)
+    assert begun.size < after.size == path.stat().st_size <= begun.size + 20 * 50
+    assert after.generation == begun.generation

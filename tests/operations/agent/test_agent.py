@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import math
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -89,6 +91,46 @@ def test_who_must_be_cut_is_cut_once_the_broker_is_back(portal: Portal, place: P
     assert applied(portal) > before
 
 
+def test_very_many_sessions_are_ended_by_several_attempts_while_there_are_more_changes(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices, calls = [register(portal, number) for number in range(4)], list[int]()
+    agent = place.agent()
+    agent.follow(0)
+    before, disconnect = applied(portal), agent._broker.disconnect
+
+    def fails_once(device_ids: Sequence[str], deadline: float, **options: Any) -> None:
+        calls.append(len(device_ids))
+        if len(calls) == 2:
+            raise BrokerUnavailable("The broker does not answer.")
+        disconnect(device_ids, deadline, **options)
+
+    monkeypatch.setattr(agents, "MAX_SESSIONS", 1)
+    monkeypatch.setattr(agent._broker, "disconnect", fails_once)
+    for device in devices[:3]:
+        portal.revocations.revoke(OPERATOR, device, "unspecified")
+    with pytest.raises(BrokerUnavailable):
+        agent.follow(0)
+    assert applied(portal) == before
+    assert [guard.clients.count(device) for device in devices] == [1, 0, 0, 0]
+    portal.revocations.revoke(OPERATOR, devices[3], "unspecified")
+    agent.follow(0)
+    assert [guard.clients.count(device) for device in devices] == [1] * 4
+    assert max(calls) == 1
+    assert applied(portal) == newest(portal)
+
+
+def test_a_page_that_is_longer_than_a_page_may_be_is_not_begun(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(portal)
+    agent = place.agent()
+    monkeypatch.setattr("operations.agent.client.MAX_ANSWER", 50)
+    with pytest.raises(ProjectionInvalid, match="longer than 50 bytes"):
+        agent.follow(0)
+    assert not place.journal.exists()
+
+
 def test_a_page_that_is_cut_is_not_taken_in(
     portal: Portal, place: Place, guard: GuardStub, link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,9 +160,9 @@ def test_a_new_journal_goes_on_where_the_link_was_lost(
     agent, pages = place.agent(), list[int]()
     make = portal.agent_feed.page
 
-    def counted(record: AgentRecord, start: Given) -> Page:
+    def counted(record: AgentRecord, start: Given, ends: int) -> Page:
         pages.append(start.generation)
-        return make(record, start)
+        return make(record, start, ends)
 
     monkeypatch.setattr(portal.agent_feed, "page", counted)
     agent.follow(0)

@@ -40,8 +40,8 @@ class EndedSessions:
             elif self._identities:
                 with self._journal.open("rb") as file:
                     file.seek(self._end)
-                    for line in file.read(position.size - self._end).splitlines():
-                        self._identities.difference_update(line.decode("ascii", "replace").split(" "))
+                    while file.tell() < position.size and (line := file.readline()):
+                        self._identities.difference_update(line.decode("ascii", "replace").split())
         except (OSError, ProjectionInvalid):
             self._identities.clear()
             self._read = (0, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker.guard import journal
-from broker.rabbitmq.ended import EndedSessions
+from broker.guard.ended import EndedSessions
 from tests.broker.rabbitmq.test_answers import OTHER, OWN, append, begin
 
 HASH = "ab" * 32
