@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -19,8 +20,10 @@ from core.errors import NotFound, StateConflict
 from core.states import BrokerEngine, BrokerKind
 from store import webhooks
 from store.broker_tables import Broker
-from store.database import UtcDateTime, columns_of
+from store.database import Database, UtcDateTime, columns_of
 from store.generations import BrokerStateRecord
+from store.prepared import Question
+from store.scope import ALL_TENANTS
 from store.tables import BrokerState
 
 FIRST_NAME = "main"
@@ -55,7 +58,7 @@ class BrokerRecord:
 _COLUMNS = columns_of(BrokerRecord, Broker)
 _COUNTS = (Broker.joined_at.is_not(None), Broker.away_since.is_(None))
 _ALL = sa.select(*_COLUMNS).order_by(Broker.id)
-_OWN = (
+_OWN = Question(
     sa.select(BrokerState.generation, Broker.applied_generation, Broker.applied_at, BrokerState.pending_since)
     .join_from(BrokerState, Broker, sa.true())
     .where(Broker.id == sa.bindparam("broker_id"))
@@ -181,7 +184,15 @@ def _update(tx: Connection, broker_id: int, at: datetime, **values: object) -> N
 
 def own_state(tx: Connection, broker_id: int) -> BrokerStateRecord:
     """Return the newest generation, and the one that a broker was seen to enforce; raises ``NotFound``."""
-    row = tx.execute(_OWN, {"broker_id": broker_id}).one_or_none()
+    return _own(_OWN.within(tx, {"broker_id": broker_id}))
+
+
+def own_state_now(database: Database, broker_id: int) -> BrokerStateRecord:
+    """Return what ``own_state`` does, by a read of its own."""
+    return _own(database.answer(_OWN, {"broker_id": broker_id}, sees=ALL_TENANTS))
+
+
+def _own(row: Sequence[Any] | None) -> BrokerStateRecord:
     if row is None:
         raise NotFound("This broker was removed from the installation; join it again.")
     return BrokerStateRecord(*row)

@@ -5,6 +5,7 @@ On SQLite writers take turns, and callers that wait for their turn share a commi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -28,6 +29,7 @@ from core.files import FileLock, folder_number
 from store import schema, scope
 from store.advances import ADVANCED, SUBSCRIBED, Advances
 from store.locks import Locks
+from store.prepared import Question, Values
 from store.shared_transactions import Item, Result, SharedTransactions
 
 # The server does not answer, is locked or full, or can only be read (InternalError).
@@ -220,6 +222,21 @@ class Database:
             connection.execution_options(portal_reads=True, **scope.option_for(sees))
             with connection.begin():
                 yield connection
+
+    def answer(self, question: Question, values: Values, *, sees: str | None = None) -> Sequence[Any] | None:
+        """Return the row that a question asks for, as it is now, ``None`` if there is none, in the scope ``sees``.
+
+        SQLite needs no transaction for a single statement, and one takes several times as long as the statement.
+        """
+        if self.is_sqlite:
+            with (
+                _translated(),
+                contextlib.closing(self.engine.raw_connection()) as driver,
+                contextlib.suppress(sqlite3.Error),  # asked again below, it becomes an error of the portal
+            ):
+                return question.by_sqlite(driver, self.engine.dialect, values)
+        with self.snapshot(sees=sees) as tx:
+            return question.within(tx, values)
 
     def migrate(self, owner_url: str = "") -> None:
         """Bring the schema up to this version's; raises ``DatabaseTooNew`` if a newer portal has written it.

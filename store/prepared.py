@@ -1,7 +1,7 @@
-"""Statements that every registration runs, of which SQLAlchemy makes text and conversions once.
+"""Statements that every request runs, of which SQLAlchemy makes text and conversions once.
 
 It prepares a statement for the driver anew at each execution, which takes several times as long as SQLite does to run
-one that writes a row. On PostgreSQL, where the server takes longer, it does so as ever.
+one that reads or writes a row. On PostgreSQL, where the server takes longer, it does so as ever.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection
 
 Values = Mapping[str, Any]
 _Convert = Callable[[Any], Any]
@@ -69,8 +70,41 @@ class Prepared:
     def _compiled(self, dialect: Dialect, values: Values) -> _Text:
         columns = list(values) if isinstance(self._statement, sa.Insert) else None
         compiled: Any = self._statement.compile(dialect=dialect, column_keys=columns)
-        binds = {name: compiled.binds[name] for name in compiled.positiontup}
-        fixed = {name: bind.value for name, bind in binds.items() if not bind.required}
-        fixed |= {column.key: column.default.arg for column in compiled.insert_prefetch}
-        parameters = [(name, bind.type.dialect_impl(dialect).bind_processor(dialect)) for name, bind in binds.items()]
-        return _Text(str(compiled), parameters, fixed)
+        defaults = {column.key: column.default.arg for column in compiled.insert_prefetch}
+        return _text_of(compiled, dialect, defaults)
+
+
+class Question:
+    """A SELECT of one row at most, whose text depends on no value, in a read of its own: ``Database.answer``."""
+
+    def __init__(self, query: sa.Select[*tuple[Any, ...]]) -> None:
+        self._query = query
+        self._prepared: tuple[_Text, Sequence[_Convert | None]] | None = None
+
+    def within(self, tx: Connection, values: Values) -> Sequence[Any] | None:
+        """Ask in a transaction."""
+        return tx.execute(self._query, values).one_or_none()
+
+    def by_sqlite(self, driver: DBAPIConnection, dialect: Dialect, values: Values) -> Sequence[Any] | None:
+        """Ask SQLite's driver; raises its errors."""
+        if self._prepared is None:
+            text = _text_of(self._query.compile(dialect=dialect), dialect, {})
+            types = [column.type.dialect_impl(dialect) for column in self._query.selected_columns]
+            self._prepared = text, [kind.result_processor(dialect, None) for kind in types]
+        text, converts = self._prepared
+        cursor = driver.cursor()
+        try:
+            cursor.execute(text.text, text.of(values))
+            row = cursor.fetchone()
+        finally:
+            cursor.close()
+        if row is None:
+            return None
+        return [value if to is None else to(value) for value, to in zip(row, converts, strict=True)]
+
+
+def _text_of(compiled: Any, dialect: Dialect, defaults: Values) -> _Text:
+    binds = {name: compiled.binds[name] for name in compiled.positiontup}
+    fixed = {name: bind.value for name, bind in binds.items() if not bind.required}
+    parameters = [(name, bind.type.dialect_impl(dialect).bind_processor(dialect)) for name, bind in binds.items()]
+    return _Text(str(compiled), parameters, {**fixed, **defaults})

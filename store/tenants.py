@@ -18,8 +18,10 @@ from core.tenants import Quotas, TenantChoices, TenantStatus, overlapping
 from core.topics import literal_levels
 from store.audit import EMPTY_RECORD
 from store.brokers import FIRST_NAME, add_broker
-from store.database import columns_of, hash_of
+from store.database import Database, columns_of, hash_of
 from store.enrolment_tables import EnrolmentToken
+from store.prepared import Question
+from store.scope import ALL_TENANTS
 from store.tables import DEFAULT_TENANT, AclEntry, AuditHead, BrokerState, Device, IssuerRow, Tenant, Token
 
 
@@ -231,7 +233,7 @@ _ROLE = sa.case((Token.is_system, Role.SYSTEM.value), else_=Token.role).label("r
 TOKEN_COLUMNS = [
     _ROLE if field.name == "role" else getattr(Token, field.name) for field in dataclasses.fields(TokenRecord)
 ]
-_FIND_TOKEN = sa.select(*TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash"))
+_FIND_TOKEN = Question(sa.select(*TOKEN_COLUMNS).where(Token.token_hash == sa.bindparam("wanted_hash")))
 
 
 def add_token(tx: Connection, record: TokenRecord, *, secret: str, login_hash: str | None = None) -> None:
@@ -249,7 +251,13 @@ def was_used(tx: Connection, login_hash: str) -> bool:
 
 def find_token(tx: Connection, secret: str) -> TokenRecord | None:
     """Return a token by its secret; it may be expired or revoked."""
-    row = tx.execute(_FIND_TOKEN, {"wanted_hash": hash_of(secret)}).one_or_none()
+    row = _FIND_TOKEN.within(tx, {"wanted_hash": hash_of(secret)})
+    return None if row is None else TokenRecord(*row)
+
+
+def token_now(database: Database, secret: str) -> TokenRecord | None:
+    """Return a token as ``find_token`` does, by a read of its own, as each request does it."""
+    row = database.answer(_FIND_TOKEN, {"wanted_hash": hash_of(secret)}, sees=ALL_TENANTS)
     return None if row is None else TokenRecord(*row)
 
 

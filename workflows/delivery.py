@@ -23,7 +23,6 @@ from delivery.formats import BundleFormat
 from store import audit, deliveries, devices
 from store.audit import Actor
 from store.database import Database
-from store.scope import ALL_TENANTS
 from workflows import events
 from workflows.bundles import Bundles
 from workflows.events import EventType
@@ -81,8 +80,8 @@ class Deliveries:
         if idempotency_key:
             purpose = f"download/{link.delivery_id}"
             seal = credential_delivery.AnswerSeal.of(idempotency_key, pepper=self._pepper, purpose=purpose)
-        with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            found = deliveries.get_delivery(tx, link.delivery_id, now=now, key_hash=seal.key_hash if seal else None)
+        key_hash = seal.key_hash if seal else None
+        found = deliveries.delivery_now(self._database, link.delivery_id, now=now, key_hash=key_hash)
         self._tenants.of(found.tenant_id).check_served()
         return _Found(found, link, seal)
 

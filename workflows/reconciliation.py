@@ -430,10 +430,10 @@ class Reconciler:
 
         If the node has none: the one that all brokers enforce which count.
         """
+        if self._has_broker:
+            return brokers.own_state_now(self._database, self._broker_id)
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
-            if not self._has_broker:
-                return generations.get_broker_state(tx)
-            return brokers.own_state(tx, self._broker_id)
+            return generations.get_broker_state(tx)
 
     def _reconcile(self, timeout: float, enforced: int) -> Outcome:
         started = time.monotonic()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.states import DeliveryStatus
+from core.errors import DatabaseUnavailable
+from core.states import DeliveryStatus, DeviceStatus
 from store.database import Base, Database
-from store.prepared import Prepared
+from store.prepared import Prepared, Question
 from store.tables import Delivery, Device
 
 AT = datetime(2026, 3, 1, 12, 30, 0, 250, tzinfo=timezone(timedelta(hours=2)))
@@ -44,7 +46,6 @@ DELIVERY = {
     "created_at": AT,
     "expires_at": AT,
 }
-Write = Callable[[Connection, Any, list[dict[str, Any]]], object]
 
 
 @pytest.fixture
@@ -114,3 +115,53 @@ def test_an_error_of_the_driver_is_sqlalchemys(tx: Connection) -> None:
     insert.run(tx, [DEVICE])
     with pytest.raises(sa.exc.IntegrityError):
         insert.run(tx, [DEVICE])
+
+
+# --- Questions ----------------------------------------------------------------------------------------------------
+
+_ASKED = Question(
+    sa.select(Device.id, Device.status, Device.created_at, Device.device_metadata, Device.own_topics).where(
+        Device.id == sa.bindparam("wanted")
+    )
+)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    made = Database(f"sqlite:///{tmp_path / 'portal.db'}", folder=tmp_path, threads=1)
+    made.migrate()
+    with contextlib.closing(made.engine.raw_connection()) as driver:  # which the pool gives to the next one again
+        driver.cursor().execute("PRAGMA foreign_keys = OFF")
+        driver.cursor().execute("PRAGMA ignore_check_constraints = ON")
+    with made.transaction() as tx:
+        tx.execute(sa.insert(Device), DEVICE)
+    yield made
+    made.close()
+
+
+def test_an_answer_has_the_values_that_sqlalchemy_returns(database: Database) -> None:
+    for _ in range(2):
+        answer = database.answer(_ASKED, {"wanted": "d1"})
+        with database.snapshot() as tx:
+            assert answer is not None
+            assert tuple(answer) == tuple(_ASKED.within(tx, {"wanted": "d1"}) or ())
+    assert answer is not None
+    assert (type(answer[1]), answer[2:]) == (DeviceStatus, [AT.astimezone(UTC), {"line": 4}, True])
+    assert database.answer(_ASKED, {"wanted": "d2"}) is None
+
+
+def test_a_question_keeps_no_transaction_open(database: Database) -> None:
+    database.answer(_ASKED, {"wanted": "d1"})
+    with database.transaction() as tx:
+        tx.execute(sa.update(Device).values(status="suspended"))
+    answer = database.answer(_ASKED, {"wanted": "d1"})
+    assert answer is not None
+    assert answer[1] is DeviceStatus.SUSPENDED
+    assert database.empty_log()  # which it is not while somebody reads
+
+
+def test_a_question_that_fails_is_an_error_of_the_portal(database: Database, tmp_path: Path) -> None:
+    with database.transaction() as tx:
+        tx.exec_driver_sql("ALTER TABLE devices RENAME TO gone")
+    with pytest.raises(DatabaseUnavailable):
+        database.answer(_ASKED, {"wanted": "d1"})

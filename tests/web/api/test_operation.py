@@ -53,8 +53,8 @@ def test_healthz_reports_ok(anyone: Api) -> None:
 
 def test_healthz_uses_neither_database_nor_broker(anyone: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     assert anyone.get("/healthz").status_code == 200
-    monkeypatch.setattr(Database, "snapshot", fail)
-    monkeypatch.setattr(Database, "transaction", fail)
+    for way in ("snapshot", "answer", "transaction"):
+        monkeypatch.setattr(Database, way, fail)
     assert anyone.get("/healthz").status_code == 200
 
 
@@ -124,7 +124,8 @@ def test_readyz_writes_at_most_every_ten_seconds(auditor: Api, app: Flask) -> No
 
 def test_readyz_names_a_database_that_does_not_answer(auditor: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     assert auditor.get("/healthz").status_code == 200
-    monkeypatch.setattr(Database, "snapshot", fail)  # so that nobody's token can be looked up either
+    for way in ("snapshot", "answer"):  # so that nobody's token can be looked up either
+        monkeypatch.setattr(Database, way, fail)
     assert problems_of(auditor, "code")["database"] == "database_unavailable"
 
 
