@@ -85,6 +85,9 @@ class Link:
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # of linux/if_tun.h
 
 
+NAMESPACE = "edge"  # begins the names
+
+
 class LossyNamespace:
     """A namespace of the network, joined to this one by a link that loses a share of the packets, each way.
 
@@ -92,16 +95,15 @@ class LossyNamespace:
     """
 
     def __init__(self) -> None:
-        number = os.getpid() % 250
-        self.name, self._here, self._there = f"edge{number}", f"edge{number}a", f"edge{number}b"
-        self.outside, self.inside = f"10.213.{number}.1", f"10.213.{number}.2"
         self.lost = 0.0  # 1.0: all packets
         self._random = random.Random(17)  # noqa: S311 - which packets are lost is no secret
         self._stopping = threading.Event()
         self._passing: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        _run("ip", "netns", "add", self.name)
+        number = _new_namespace()
+        self.name, self._here, self._there = f"{NAMESPACE}{number}", f"{NAMESPACE}{number}a", f"{NAMESPACE}{number}b"
+        self.outside, self.inside = f"10.213.{number}.1", f"10.213.{number}.2"
         ends = [_tun(self._here), _tun(self._there)]
         self._passing = threading.Thread(target=self._pass, args=(ends,))
         self._passing.start()
@@ -133,6 +135,15 @@ class LossyNamespace:
                         os.write(other[end], packet)
         for end in ends:
             os.close(end)
+
+
+def _new_namespace() -> int:
+    """Make a namespace with a number that no other one has, whichever process made that; return the number."""
+    for number in random.sample(range(250), 250):
+        made = subprocess.run(["ip", "netns", "add", f"{NAMESPACE}{number}"], check=False, capture_output=True)
+        if made.returncode == 0:
+            return number
+    raise RuntimeError(f"no namespace can be made: {made.stderr.decode()}")
 
 
 def _tun(name: str) -> int:

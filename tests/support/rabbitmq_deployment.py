@@ -79,7 +79,7 @@ class RabbitmqDeployment(Deployment):
         return [self.links[node.mqtt_port], self.links[node.management_port]]
 
     def start_broker(self) -> Any:
-        """Start the nodes, which serve devices once the portal answers; ``wait_ready`` waits for both."""
+        """Start the first node, which serves devices once the portal answers; ``wait_ready`` starts the others."""
         self.cluster.launch()
 
     def wait_ready(self) -> None:
