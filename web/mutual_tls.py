@@ -256,16 +256,29 @@ class Conversation(BaseHTTPRequestHandler):
 
     def read_body(self) -> bytes:
         """Return the body; raise ``RequestMalformed`` or ``BodyTooLarge``, after which the connection must end."""
+        length = self.length_of_body()
+        body = self.rfile.read(length)
+        if len(body) != length:
+            raise ConnectionResetError("the body was cut")
+        return body
+
+    def skip_body(self, length: int) -> None:
+        """Read a body of this length without keeping it."""
+        while length > 0:
+            part = self.rfile.read(min(length, BLOCK))
+            if not part:
+                raise ConnectionResetError("the body was cut")
+            length -= len(part)
+
+    def length_of_body(self) -> int:
+        """Return the length that the request states; raise as ``read_body`` does."""
         lengths = self.headers.get_all("Content-Length", ["0"] if self.command == "GET" else [])
         if "Transfer-Encoding" in self.headers or len(lengths) != 1 or not re.fullmatch("[0-9]{1,9}", lengths[0]):
             raise RequestMalformed("A request at this address states the length of its body, once.")
         length = int(lengths[0])
         if length > self.max_body:
             raise BodyTooLarge(f"A request at this address has at most {self.max_body} bytes.")
-        body = self.rfile.read(length)
-        if len(body) != length:
-            raise ConnectionResetError("the body was cut")
-        return body
+        return length
 
     def send(self, status: int, content: bytes, media_type: str, **headers: str) -> None:
         """Send an answer."""

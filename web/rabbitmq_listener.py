@@ -15,7 +15,7 @@ from broker.rabbitmq.answers import MAX_FORM_BYTES, Answers, read_form, seconds_
 from broker.rabbitmq.followed import FollowedAnswers
 from config import Settings
 from core.broker_control import JOURNAL_FILE
-from core.errors import InputInvalid, NotFound, PortalError, Unavailable
+from core.errors import NotFound, PortalError, Unavailable
 from core.setting_values import Address
 from web.api.problems import of_error
 from web.mutual_tls import Conversation, MutualTlsListener, run_in_one_process
@@ -29,6 +29,7 @@ QUESTIONS = frozenset(("user", "vhost", "resource", "topic"))
 # From an answer to the end of the next request. A node closes what it has not used for two minutes, and has to be the
 # one that does: else a question might be on its way meanwhile, and its client would be refused.
 IDLE_SECONDS = 180.0
+MAX_QUESTION_BYTES = 1 << 19  # client id and topic have 65,535 bytes at most, of each of which a form may make three
 ANSWER_SECONDS = 15.0
 MAX_OF_NODE = 400  # connections, of 1000 in all
 SURE_SECONDS = 1.0  # for which what the database said is not looked up again,
@@ -142,7 +143,7 @@ class RabbitmqListener(MutualTlsListener):
 class _Conversation(Conversation):
     """Answers the questions of one connection."""
 
-    max_body = MAX_FORM_BYTES
+    max_body = MAX_QUESTION_BYTES
 
     def __init__(self, client: ssl.SSLSocket, listener: RabbitmqListener) -> None:
         self._listener = listener
@@ -153,16 +154,15 @@ class _Conversation(Conversation):
         """Answer a question by ``allow`` or ``deny``; what is none, by whoever, in a sentence."""
         self.extend(ANSWER_SECONDS)
         try:
-            form = read_form(self.read_body())
+            form = self._form()
             self._listener.node_of(self._der)
             question = self.path.removeprefix(PATH)
             if self.command != "POST" or self.path == question or question not in QUESTIONS:
                 raise NotFound("There is nothing at this path for RabbitMQ.")
-            if form is None:
-                raise InputInvalid("The body is not a form, or names a field twice.")
-            answer = b"allow" if self._listener.allows(question, form) else b"deny"
-            if answer == b"allow" and (seconds := seconds_late(question, form)):
+            is_allowed = form is not None and self._listener.allows(question, form)
+            if is_allowed and (seconds := seconds_late(question, form or {})):
                 self._listener.stopping.wait(seconds)
+            answer = b"allow" if is_allowed else b"deny"
             self.extend(IDLE_SECONDS)
             self.send(HTTPStatus.OK, answer, "text/plain")
         except PortalError as error:
@@ -173,6 +173,17 @@ class _Conversation(Conversation):
         except Exception as error:
             log.exception("a question was not answered")
             self._refuse(error)
+
+    def _form(self) -> Mapping[str, str] | None:
+        """Return the form, ``None`` if it is too long or none: a client chooses its id and topics, and is denied.
+
+        To end the connection would harm the questions about others that the node has to ask.
+        """
+        length = self.length_of_body()
+        if length <= MAX_FORM_BYTES:
+            return read_form(self.read_body())
+        self.skip_body(length)
+        return None
 
     def _refuse(self, error: Exception) -> None:
         self.close_connection = True
