@@ -417,7 +417,11 @@ class Timed(Faulty):
 @pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
 @pytest.mark.parametrize(
     "ahead",
-    [timedelta(days=370), timedelta(days=-2), pytest.param(timedelta(hours=-1), marks=pytest.mark.long)],
+    [
+        timedelta(days=370),
+        pytest.param(timedelta(days=-2), marks=pytest.mark.long),
+        pytest.param(timedelta(hours=-1), marks=pytest.mark.long),
+    ],
     ids=["a year ahead", "two days back", "an hour back"],
 )
 def test_a_clock_that_is_moved_and_moved_back(ahead: timedelta) -> None:
