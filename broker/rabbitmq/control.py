@@ -112,8 +112,7 @@ class RabbitmqControl(JournalControl):
         if self._unwritten:
             raise BrokerUnavailable(" ".join(self._unwritten.values()))
         if self._settings.rabbitmq_tenant_ports:
-            for tenant in self._tenants:
-                self._vhosts.make(tenant, deadline)
+            self._vhosts.make_all(self._tenants, deadline)
         if shows is not None:
             proven = self._at_each(lambda one: one.prove(shows, position.generation, deadline), self._probes, deadline)
             self._denial = _Denial(started, shows, proven)

@@ -6,7 +6,8 @@ would have to be sent as a whole for each new device, then by the listener's por
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from broker.rabbitmq.management import Json, Management, path_of
@@ -15,6 +16,7 @@ from core.errors import BrokerNotEnforcing, BrokerUnavailable
 MAPPING = path_of("global-parameters", "mqtt_port_to_vhost_mapping")
 # By it the portal's own vhosts are known: a vhost of others is never removed.
 DESCRIPTION = "made by the onboarding portal"
+LOOK_SECONDS = 10.0
 _T = TypeVar("_T")
 
 
@@ -26,9 +28,21 @@ class Vhosts:
         self._user = user
         self._ports = ports
         self._made: set[str] = set()
+        self._looked_at = time.monotonic()
+
+    def make_all(self, tenants: Sequence[str], deadline: float) -> None:
+        """Let the clients of tenants log in; raise ``BrokerUnavailable``.
+
+        What was made is looked for again every few seconds, and made again if somebody has removed it.
+        """
+        if self._made and time.monotonic() - self._looked_at >= LOOK_SECONDS:
+            self._made.difference_update(self._at_any(lambda node: self._missing(node, deadline, tenants)))
+            self._looked_at = time.monotonic()
+        for tenant in tenants:
+            self.make(tenant, deadline)
 
     def make(self, tenant: str, deadline: float) -> None:
-        """Let a tenant's clients log in, once for each process; raise ``BrokerUnavailable``.
+        """Let a tenant's clients log in, unless that was done; raise ``BrokerUnavailable``.
 
         The portal's user gets what it needs there to delete the queues of clients that are cut off.
         """
@@ -69,17 +83,15 @@ class Vhosts:
 
     def problems(self, deadline: float, tenants: Iterable[str]) -> list[str]:
         """Return which tenants' clients cannot log in, each as a sentence; raise ``BrokerUnavailable``."""
+        missing = self._at_any(lambda node: self._missing(node, deadline, tenants))
+        return [f"RabbitMQ has no vhost {tenant}, or not at port {self._ports.get(tenant)}." for tenant in missing]
 
-        def look(node: Management) -> list[str]:
-            there = {vhost["name"] for vhost in node.get("/api/vhosts", deadline) or ()}
-            mapped = _mapped(node.get(MAPPING, deadline))
-            return [
-                f"RabbitMQ has no vhost {tenant}, or not at port {self._ports.get(tenant)}."
-                for tenant in tenants
-                if tenant not in there or mapped.get(str(self._ports.get(tenant))) != tenant
-            ]
-
-        return self._at_any(look)
+    def _missing(self, node: Management, deadline: float, tenants: Iterable[str]) -> list[str]:
+        there = {vhost["name"] for vhost in node.get("/api/vhosts?columns=name", deadline) or ()}
+        mapped = _mapped(node.get(MAPPING, deadline))
+        return [
+            tenant for tenant in tenants if tenant not in there or mapped.get(str(self._ports.get(tenant))) != tenant
+        ]
 
     def _map(self, node: Management, deadline: float, more: Mapping[str, str], without: str | None = None) -> None:
         """Change which ports belong to which vhosts, and leave those of others as they are."""

@@ -102,7 +102,7 @@ def _examine_tenants(installation: Installation, asked: Sequence[Management], fo
         vhosts = Vhosts(lambda: asked, installation.settings.rabbitmq_user, installation.settings.rabbitmq_tenant_ports)
         try:
             for problem in vhosts.problems(time.monotonic() + SECONDS, names):
-                found.problem(problem, "The portal makes it with its next change, or when it is started again.")
+                found.problem(problem, "The portal makes it with its next change.")
         except BrokerUnavailable as error:
             found.problem(error.detail, _START)
 

@@ -26,7 +26,7 @@ class Node:
 
     def get(self, path: str, _deadline: float) -> Any:
         self._check()
-        if path == "/api/vhosts":
+        if path == "/api/vhosts?columns=name":
             return [{"name": path.rpartition("/")[2]} for path in self.there if path.startswith("/api/vhosts/")]
         return self.there.get(path)
 
@@ -63,6 +63,20 @@ def test_a_tenant_gets_a_vhost_and_the_clients_of_its_port() -> None:
     told = node.told
     made.make("acme", soon())
     assert node.told == told  # once
+
+
+@pytest.mark.parametrize("path", [ACME, MAPPING])
+def test_what_somebody_has_removed_is_made_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node()
+    made = vhosts(node)
+    made.make_all([*PORTS], soon())
+    told, removed = node.told, node.there.pop(path)
+    made.make_all([*PORTS], soon())
+    assert node.told == told  # it is not looked at for each change
+    monkeypatch.setattr("broker.rabbitmq.vhosts.LOOK_SECONDS", 0.0)
+    made.make_all([*PORTS], soon())
+    assert node.there[path] == removed
+    assert not made.problems(soon(), PORTS)
 
 
 def test_a_vhost_of_others_is_neither_used_nor_removed() -> None:
