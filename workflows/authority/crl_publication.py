@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
+from cryptography import x509
 from sqlalchemy.engine import Connection
 
 from broker.crl import Trust
-from broker.probe import ProbeCertificates
+from broker.probe import ProbeCertificate, ProbeCertificates
 from broker_provisioning import BrokerProvisioning
 from config import Settings
 from core.errors import IssuerUnusable, PortalError, TokenUnavailable
@@ -65,6 +66,9 @@ class CrlPublication:
         self._states = KnownCrlStates()
         self._crl_pem: dict[int, tuple[CrlHead, bytes]] = {}  # the newest CRL of each issuer
         self._crl_writers: dict[int, PemOfSuccessors] = {}  # by issuer
+        self._probe_is_of: Sequence[
+            RecordedIssuer
+        ] = ()  # the CAs of which one has signed the revoked probe certificate
         self._woken = threading.Event()
 
     def wake(self) -> None:
@@ -201,21 +205,20 @@ class CrlPublication:
         """If certificates were revoked, have the next CRL list one whose refusal shows that the broker has it."""
         with self._database.snapshot(sees=ALL_TENANTS) as tx:
             generation = generations.get_broker_state(tx).generation
-            states = self._states.read(tx)
+            states, listing = self._states.read(tx), self._authority.seen_by(tx).with_crl()
             changed = [
                 recorded
-                for recorded in self._authority.seen_by(tx).with_crl()
+                for recorded in listing
                 if (newest := states[recorded.id].newest) and states[recorded.id].changed_at > newest.generation
             ]
+        probe = self._probe_certificates.revoked
         if changed:
-            replace_revoked_probe(
-                self._database,
-                self._settings,
-                changed[-1],
-                self._probe_certificates.revoked,
-                generation=generation,
-                now=now,
-            )
+            replace_revoked_probe(self._database, self._settings, changed[-1], probe, generation=generation, now=now)
+        elif listing is not self._probe_is_of:
+            if not _is_of_any(listing, probe):  # but of a tenant's CA that the broker does not know any more
+                first = self._authority.first.issuing
+                replace_revoked_probe(self._database, self._settings, first, probe, generation=None, now=now)
+            self._probe_is_of = listing
 
     def _trust(self, issuers: Issuers) -> Trust:
         """Return the issuers with the newest CRL of each, encoded once. The caller holds the lock of the CRLs.
@@ -248,3 +251,12 @@ class CrlPublication:
 
     def _pem(self, crl: CrlRecord) -> bytes:
         return self._crl_writers.setdefault(crl.issuer_id, PemOfSuccessors("X509 CRL")).pem(crl.der)
+
+
+def _is_of_any(issuers: Sequence[RecordedIssuer], probe: ProbeCertificate) -> bool:
+    """Return whether one of the CAs has signed a probe certificate, or that is not there."""
+    try:
+        certificate = x509.load_pem_x509_certificate(probe.certificate.read_bytes())
+    except (OSError, ValueError):
+        return True  # it is replaced as a whole, by the renewal of the portal's own certificates
+    return any(one.issuer.certificate.subject == certificate.issuer for one in issuers)

@@ -15,7 +15,7 @@ from broker.probe import ProbeCertificate
 from config import Settings
 from core.errors import IssuerUnusable
 from core.files import replace_file
-from store import audit
+from store import audit, issuers
 from store.database import Database
 from store.scope import ALL_TENANTS
 from workflows.authority.issuers import RecordedIssuer
@@ -59,10 +59,12 @@ def replace_revoked_probe(
     signer: RecordedIssuer,
     probe: ProbeCertificate,
     *,
-    generation: int,
+    generation: int | None,
     now: datetime,
 ) -> None:
     """Put a certificate in the place of the revoked ``probe`` that no CRL before the one of ``generation`` lists.
+
+    ``None``: before the CA's next CRL, which is due then.
 
     So a broker that refuses it as revoked has read that CRL. It lives as long as that, so that it is not listed for
     longer, and belongs to the tenant of its CA, with whose rows it is deleted. The key stays; without one, nothing is
@@ -81,5 +83,8 @@ def replace_revoked_probe(
     except IssuerUnusable:
         return  # it has expired, which refuses all its certificates
     with database.transaction(sees=ALL_TENANTS) as tx:
+        if generation is None:
+            generation = db.next_generation(tx, at=now)
+            issuers.touch_issuer(tx, signer.id, generation=generation)
         record_own(tx, signer.tenant_id, signer, issued, purpose="canary", now=now, generation=generation)
     replace_file(probe.certificate, signer.chain_pem(issued.pem).encode())
