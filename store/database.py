@@ -13,7 +13,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -214,6 +214,10 @@ class Database:
             return self._shared.run(work, item)
         with self.transaction(sees=sees) as tx:
             return work(tx, [item])[0]
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """Prepare in the body of the ``with`` what ends in ``write_together``, so that others write it with theirs."""
+        return self._shared.preparing() if self.is_sqlite else contextlib.nullcontext()
 
     @contextmanager
     def snapshot(self, *, sees: str | None = None) -> Iterator[Connection]:

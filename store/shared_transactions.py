@@ -5,13 +5,16 @@ On SQLite writers take turns, so that callers wait for theirs in any case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from threading import Lock
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from threading import Condition, Lock, local
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy.engine import Connection
 
+# How long one that could write waits for those that are about to: of two transactions each costs what one costs that
+# has the rows of both.
+MAX_WAIT_SECONDS = 0.005
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -58,6 +61,28 @@ class SharedTransactions:
         self._lock = Lock()
         self._waiting: list[_Request[Any, Any]] = []
         self._leader = Lock()
+        self._preparing = 0  # callers that will come soon
+        self._all_have_come = Condition()
+        self._own = local()  # whether a thread is one of them
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Prepare in the body of the ``with`` what ``run`` is to write: who writes meanwhile waits a moment for it."""
+        with self._all_have_come:
+            self._preparing += 1
+        self._own.prepares = True
+        try:
+            yield
+        finally:
+            self._has_come()
+
+    def _has_come(self) -> None:
+        if getattr(self._own, "prepares", False):
+            self._own.prepares = False
+            with self._all_have_come:
+                self._preparing -= 1
+                if not self._preparing:
+                    self._all_have_come.notify()
 
     def run(self, work: Callable[[Connection, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
         """Run ``work`` in a transaction that others may share; return its result for ``item``, or raise its error.
@@ -69,6 +94,7 @@ class SharedTransactions:
         request = _Request(work, item)
         with self._lock:
             self._waiting.append(request)
+        self._has_come()
         with self._leader:
             if not request.done:
                 self._lead()
@@ -79,6 +105,8 @@ class SharedTransactions:
         requests: list[_Request[Any, Any]] = []
         several_work = False
         try:
+            with self._all_have_come:
+                self._all_have_come.wait_for(lambda: not self._preparing, MAX_WAIT_SECONDS)
             try:
                 with self._transaction() as tx:
                     requests = self._take_waiting()  # only now, because others came while this one waited for the lock

@@ -103,11 +103,12 @@ class Deliveries:
         record, chosen = found.record, _format_of(found.record, bundle_format)
         actor = dataclasses.replace(actor, tenant_id=record.tenant_id)  # anyone has the link, and it says whose it is
         self._reconciler.wait_until_granted(record.generation)
-        # Before the transaction, in which others would wait; of several fetches at once one releases what it made.
-        made = self._make(found, chosen)
-        spent = self._database.write(
-            lambda tx: self._spend(tx, actor, found, made, bundle_format), sees=record.tenant_id
-        )
+        with self._database.preparing():
+            # Before the transaction, in which others would wait; of several fetches at once one releases what it made.
+            made = self._make(found, chosen)
+            spent = self._database.write(
+                lambda tx: self._spend(tx, actor, found, made, bundle_format), sees=record.tenant_id
+            )
         failpoint("deliver.after_commit")
         return DeliveredBundle(record.id, record.device_id, spent.content, BundleFormat(spent.format))
 

@@ -117,6 +117,10 @@ class Registrations:
         return dataclasses.replace(answer, generation=generation) if generation else answer
 
     def _register(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
+        with self._database.preparing():
+            return self._prepare_and_write(actor, request, sealed)
+
+    def _prepare_and_write(self, actor: Actor, request: DeviceRequest, sealed: Sealed | None) -> tuple[Registered, int]:
         now = self._clock()
         device_id = db.new_device_id(now)
         tenant = self._tenants.of(actor.tenant_id)

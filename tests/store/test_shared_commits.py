@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -11,7 +12,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from core.errors import StateConflict
 from store import database as database_module
+from store import shared_transactions
 from store.database import Database
 from tests.support import waiting
 
@@ -98,6 +101,55 @@ def test_nobody_is_answered_before_the_shared_commit(database: Database) -> None
             assert waiting.one_more()
     assert at_commit == [[], []]
     assert sorted(answered) == [0, 1, 2]
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Is set once a writer of a database that is opened from now on waits for those that are about to come."""
+    waits = threading.Event()
+
+    class Announced(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.set()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(shared_transactions, "Condition", Announced)
+    return waits
+
+
+def test_one_that_could_write_waits_for_those_that_are_about_to(
+    waits: threading.Event, database: Database, commits: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_transactions, "MAX_WAIT_SECONDS", 60.0)
+    prepares = threading.Event()
+
+    def slowly() -> None:
+        with database.preparing():
+            prepares.set()
+            assert waits.wait(60)
+            database.write(insert(2))
+
+    def quickly() -> None:
+        database.write(insert(1))
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(slowly)]
+        assert prepares.wait(60)
+        futures.append(pool.submit(quickly))
+        for future in futures:
+            future.result()
+    assert len(commits) == 1
+    assert seen(database) == {1, 2}
+
+
+def test_nobody_waits_for_one_that_has_given_up(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_transactions, "MAX_WAIT_SECONDS", 3600.0)
+    with pytest.raises(StateConflict), database.preparing():
+        raise StateConflict("refused")
+    with database.preparing():
+        database.write(insert(1))
+        database.write(insert(2))  # and nobody for itself
+    assert seen(database) == {1, 2}
 
 
 def test_a_savepoint_is_made_only_where_somebodys_work_has_failed(database: Database) -> None:
