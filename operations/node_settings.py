@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from config import Settings
 from core.broker_control import ControlKind
-from core.errors import InputInvalid, StartupError
+from core.errors import InputInvalid, StartupError, StateConflict
 from core.given_settings import variable_of
 from core.rabbitmq_nodes import RabbitmqNode
 from core.server_command import server_command
@@ -178,8 +178,10 @@ def enter(settings: Settings, database: Database, node: NodeRecord | None) -> No
 def let_change(database: Database, actor: Actor, variable: str, *, now: datetime) -> datetime:
     """Let nodes start with different values of a setting for an hour; return when that ends, by the database's clock.
 
-    Raises ``InputInvalid`` for a setting that keeps no node from starting.
+    Raises ``InputInvalid`` for a setting that keeps no node from starting, ``StateConflict`` on SQLite.
     """
+    if database.is_sqlite:
+        raise StateConflict("On SQLite there is one node: change the setting, and restart the portal.")
     field = variable.strip().lower().removeprefix("portal_")
     if field not in DECIDING:
         names = ", ".join(variable_of(name) for name in sorted(DECIDING))

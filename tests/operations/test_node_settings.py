@@ -9,10 +9,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from flask import Flask
 
+from app import create_app, portal_of
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import InputInvalid, StartupError
+from core.roles import Role
 from operations import node_settings, nodes
 from operations.doctor import data
 from operations.doctor.base import Installation, State
@@ -23,7 +27,7 @@ from store.scope import ALL_TENANTS
 from tests.operations.test_nodes import ACTOR, code_of, running
 from tests.support.databases import POSTGRES_URL, postgres_database
 from tests.support.deployment import wait_until
-from tests.support.harness import derived_quickly, settings_for
+from tests.support.harness import api_as, derived_quickly, settings_for
 
 needs_postgresql = pytest.mark.skipif(not POSTGRES_URL, reason="needs PostgreSQL")
 OF_ALL = {
@@ -59,6 +63,12 @@ def started(stack: ExitStack, settings: Settings) -> Portal:
     portal = stack.enter_context(running(settings))
     prepare(portal)
     return portal
+
+
+def run(app: Flask, *arguments: str) -> Result:
+    """Run a command of the server."""
+    with app.app_context():
+        return app.test_cli_runner().invoke(args=arguments)
 
 
 def test_each_setting_is_of_all_nodes_or_of_one() -> None:
@@ -114,6 +124,23 @@ def test_a_setting_that_was_announced_is_changed_at_one_node_after_another(first
 
 
 @needs_postgresql
+def test_the_servers_command_announces_it(first: Portal) -> None:
+    app = create_app(first.settings, background=False)
+    said = run(app, "nodes", "--change", "PORTAL_TOPIC_PREFIXES")
+    assert (said.exit_code, said.output.split()[:3]) == (0, ["May", "differ", "until"])
+    with first.database.snapshot(sees=ALL_TENANTS) as tx:
+        assert store_nodes.changing_settings(tx) == {"topic_prefixes"}
+
+
+def test_on_sqlite_there_is_one_node(tmp_path: Path) -> None:
+    with derived_quickly():
+        app = create_app(settings_for(tmp_path / "data"), background=False)
+        assert run(app, "nodes").output == "There are none.\n"
+        said = run(app, "nodes", "--change", "PORTAL_TOPIC_PREFIX")
+    assert (said.exit_code, "one node" in said.output) == (1, True)
+
+
+@needs_postgresql
 def test_it_may_differ_for_a_while_only(first: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
     join(first)
     monkeypatch.setattr(node_settings, "CHANGE_LIFE", timedelta(0))
@@ -155,6 +182,14 @@ def test_other_differences_are_told_where_an_operator_looks(first: Portal, caplo
         stack.callback(installation.close)
         finding = data.settings_of_nodes(installation)
         assert (finding.state, finding.detail) == (State.WARNING, check.problem)
+        app = create_app(first.settings, background=False)
+        stack.callback(portal_of(app).close)
+        shown = api_as(app, Role.OPERATOR).get("/readyz").json["checks"]
+        assert {"name": check.name, "ok": False, "code": check.code, "problem": check.problem} in shown
+        assert not [one for one in api_as(app, None).get("/readyz").json["checks"] if one["name"] == check.name]
+        listed = run(app, "nodes")
+        assert [line.split()[1] for line in listed.stdout.splitlines()] == ["STATE", "works", "works"]
+        assert listed.stderr.strip() == check.problem
     assert first.readiness.nodes() == []
 
 
