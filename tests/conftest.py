@@ -28,8 +28,8 @@ from tests.support.token_fixtures import make_ca_key, soft_tokens, token_server
 __all__ = ["make_ca_key", "soft_tokens", "token_server"]
 
 DATABASES = ["sqlite", "postgresql"] if POSTGRES_URL else ["sqlite"]
-# Folders of tests, but for those files that try most of the SQL.
-ON_ONE_DATABASE = {"api", "console", "workflows", "operations"}
+# Folders and files of tests, but for those files that try most of the SQL.
+ON_ONE_DATABASE = {"api", "console", "workflows", "operations", "test_agent_listener.py", "test_rabbitmq_listener.py"}
 ON_BOTH = {
     *("test_actions.py", "test_applications.py", "test_connections.py", "test_devices.py", "test_successors.py"),
     *("test_admission.py", "test_registration.py", "test_renewal.py", "test_revocation.py", "test_upload.py"),

@@ -8,7 +8,6 @@ import logging
 import re
 import ssl
 import threading
-from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -58,7 +57,6 @@ class AgentListener(MutualTlsListener):
     def __init__(self, portal: Portal) -> None:
         super().__init__(portal.settings)
         self.portal = portal
-        self._of_agent: Counter[int] = Counter()
 
     @property
     def address(self) -> Address | None:
@@ -89,20 +87,9 @@ class AgentListener(MutualTlsListener):
         finally:
             self.stopping.set()
             if self.address is not None:
+                self.portal.database.advances.tell()
+                self.portal.database.advances.heard()
                 following.join()
-
-    @contextlib.contextmanager
-    def counted(self, record: AgentRecord) -> Any:
-        """Count a request of an agent in the body; raise ``Unavailable`` if it has too many."""
-        with self._lock:
-            if self._of_agent[record.broker_id] >= MAX_OF_AGENT:
-                raise Unavailable("This agent has too many requests under way: does another one run with its key?")
-            self._of_agent[record.broker_id] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._of_agent[record.broker_id] -= 1
 
 
 class _Conversation(Conversation):
@@ -135,7 +122,9 @@ class _Conversation(Conversation):
             if handler is None:
                 raise NotFound("There is nothing at this path for agents.")
             self._body = body
-            with self._listener.counted(self._record):
+            with self._listener.counted(self._record.broker_id, MAX_OF_AGENT) as may_ask:
+                if not may_ask:
+                    raise Unavailable("This agent has too many requests under way: does another one run with its key?")
                 handler()
         except PortalError as error:
             self._refuse(error)

@@ -14,7 +14,8 @@ import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ MAX_UNKNOWN, MAX_UNKNOWN_OF_ADDRESS = 256, 16  # connections that have not shown
 MAX_UNKNOWN_OF_TRUSTED = 256
 BLOCK = 64 << 10
 AGAIN_SECONDS = 2.0
+LOOK_SECONDS = 0.5  # between two looks whether to stop, and which connections take too long
 
 
 def run_in_one_process(lock: Path, serve: Callable[[threading.Event], None], stopping: threading.Event) -> None:
@@ -67,6 +69,7 @@ class MutualTlsListener(ABC):
         # Connections that have not shown a certificate that counts, the oldest first, with their addresses.
         self._unknown: dict[socket.socket, str] = {}
         self._trusted: dict[str, float] = {}  # addresses, each until when
+        self._under_way: Counter[Hashable] = Counter()
         self._context: tuple[object, ssl.SSLContext] | None = None
 
     @property
@@ -98,7 +101,7 @@ class MutualTlsListener(ABC):
         [listener] = listen(address, self.variable, self.settings.request_timeout, 1)
         log.info("serving", extra={"listener": self.name, "address": str(address)})
         with listener:
-            listener.settimeout(0.5)
+            listener.settimeout(LOOK_SECONDS)
             self.listening.set()
             while not stopping.is_set():
                 with contextlib.suppress(TimeoutError, ConnectionError):
@@ -148,6 +151,20 @@ class MutualTlsListener(ABC):
         with self._lock:
             for client in [client for client, until in self._open.items() if until < now]:
                 _end(client)
+
+    @contextlib.contextmanager
+    def counted(self, whose: Hashable, most: int) -> Iterator[bool]:
+        """Count the body as one of a client's, and yield whether it may be done: ``most`` at a time."""
+        with self._lock:
+            may_be_done = self._under_way[whose] < most
+            self._under_way[whose] += may_be_done
+        try:
+            yield may_be_done
+        finally:
+            with self._lock:
+                self._under_way[whose] -= may_be_done
+                if not self._under_way[whose]:
+                    del self._under_way[whose]
 
     def extend(self, client: socket.socket, seconds: float) -> None:
         """Give a connection time."""

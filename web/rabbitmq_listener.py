@@ -6,7 +6,6 @@ import logging
 import ssl
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Generic, TypeVar
@@ -93,7 +92,6 @@ class RabbitmqListener(MutualTlsListener):
             lambda _: questioners.standing(),
             lambda standing: UNSURE_SECONDS if standing.is_alone else UNSURE_OF_SEVERAL_SECONDS,
         )
-        self._of_node: Counter[str] = Counter()
 
     @property
     def address(self) -> Address | None:
@@ -129,15 +127,9 @@ class RabbitmqListener(MutualTlsListener):
             node = self.node_of(client.getpeercert(binary_form=True) or b"")
         except PortalError:
             node = ""  # it is refused in a sentence
-        with self._lock:
-            if self._of_node[node] >= MAX_OF_NODE:
-                return
-            self._of_node[node] += 1
-        try:
-            _Conversation(client, self)
-        finally:
-            with self._lock:
-                self._of_node[node] -= 1
+        with self.counted(node, MAX_OF_NODE) as may_ask:
+            if may_ask:
+                _Conversation(client, self)
 
 
 class _Conversation(Conversation):

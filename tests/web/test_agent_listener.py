@@ -139,7 +139,8 @@ def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytes
 
 
 @pytest.fixture
-def server(app: Flask, tmp_path: Path) -> Iterator[Server]:
+def server(app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(mutual_tls, "LOOK_SECONDS", 0.05)
     running, stopping = Server(portal_of(app), tmp_path), threading.Event()
     thread = threading.Thread(target=running.listener.serve, args=(stopping,))
     thread.start()
@@ -411,7 +412,7 @@ def test_an_agent_has_a_few_requests_at_a_time(server: Server, monkeypatch: pyte
     monkeypatch.setattr(agent_listener, "MAX_OF_AGENT", 1)
     agent, other = server.agent(), server.agent("other")
     record = server.portal.agents.shown(agent.certificate)
-    with server.listener.counted(record):
+    with server.listener.counted(record.broker_id, 1):
         assert server.ask(agent.context, "GET", CHANGES)[0] == 503
         assert server.ask(other.context, "GET", CHANGES)[0] == 200
     assert server.ask(agent.context, "GET", CHANGES)[0] == 200

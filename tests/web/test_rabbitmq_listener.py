@@ -148,7 +148,8 @@ def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytes
 
 
 @pytest.fixture
-def server(app: Flask, tmp_path: Path) -> Iterator[Server]:
+def server(app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(mutual_tls, "LOOK_SECONDS", 0.05)
     running, stopping = Server(portal_of(app), tmp_path), threading.Event()
     thread = threading.Thread(target=running.listener.serve, args=(stopping,))
     thread.start()
