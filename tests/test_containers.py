@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from config import Settings
 from core.broker_control import PLUGINS
@@ -90,10 +91,24 @@ import operations.agent.commands, operations.agent.agent, operations.agent.joini
 """
 
 
+def packages_of_agent() -> list[str]:
+    [installed] = [line for line in values("agentbuild", "RUN") if "onboarding-agent" in line]
+    return installed.partition("-c /tmp/constraints.txt ")[2].partition(" && ")[0].split()
+
+
+def test_the_packages_of_the_agent_are_of_the_versions_of_the_portal_by_constraints_that_pip_takes() -> None:
+    [installed] = [line for line in values("agentbuild", "RUN") if "onboarding-agent" in line]
+    [makes] = [part for part in installed.split(" && ") if "/tmp/constraints.txt" in part and "sed" in part]
+    command = makes.partition(" >")[0].replace("/src/", f"{ROOT}/")
+    made = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20, check=True).stdout
+    constraints = [Requirement(line) for line in made.splitlines() if line and not line.startswith(("#", "-"))]
+    assert not [each for each in constraints if each.extras]
+    assert {*packages_of_agent()} <= {each.name for each in constraints if str(each.specifier).startswith("==")}
+
+
 @pytest.mark.parametrize("lacks", ["", "urllib3"])
 def test_the_image_of_the_agent_has_the_packages_that_it_imports_and_no_others(lacks: str) -> None:
-    [installed] = [line for line in values("agentbuild", "RUN") if "onboarding-agent" in line]
-    packages = installed.partition("-c /src/requirements.txt ")[2].partition(" && ")[0].split()
+    packages = packages_of_agent()
     assert not {"flask", "sqlalchemy", "gunicorn", "psycopg"} & {*packages}
     command = [sys.executable, "-c", ONLY, " ".join(name for name in packages if name != lacks)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

@@ -38,6 +38,7 @@ class Edge:
         self.port = free_port()
         self.log = self.folder / "agent.log"
         self.broker = Mosquitto(self.data / "broker", self.port, guard=True)
+        self.program: tuple[str, ...] = PROGRAM
         self.under: tuple[str, ...] = ()  # a command that runs the agent
         self.agent: subprocess.Popen[bytes] | None = None
         self.environment = {
@@ -52,7 +53,7 @@ class Edge:
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command of the agent's."""
         done = subprocess.run(
-            [*PROGRAM, *arguments],
+            [*self.program, *arguments],
             env=self.environment,
             cwd=self.folder,
             check=False,
@@ -80,7 +81,7 @@ class Edge:
         """Start the agent."""
         with self.log.open("ab") as log:
             self.agent = subprocess.Popen(
-                [*self.under, *PROGRAM, "run"], env=self.environment, cwd=self.folder, stderr=log
+                [*self.under, *self.program, "run"], env=self.environment, cwd=self.folder, stderr=log
             )
 
     def stop_agent(self, how: signal.Signals = signal.SIGTERM) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -42,6 +43,32 @@ def needed_by(requirements: list[str]) -> set[str]:
     return found
 
 
+def _link(names: Iterable[str], packages: Path) -> None:
+    """Link packages of this environment into the folder of another one."""
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            link = packages / top
+            if not link.exists():
+                link.symlink_to(Path(str(distribution.locate_file(top))).resolve())
+
+
+def _packages_of(folder: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+
+
+def install_beside(wheel: Path, folder: Path, requirements: list[str]) -> Path:
+    """Install the wheel alone into a new virtual environment that has these packages, and what they need, by links.
+
+    Return its folder of programs.
+    """
+    venv.create(folder, symlinks=True)
+    _link(needed_by(requirements), _packages_of(folder))
+    command = [*PIP, "--python", str(folder / "bin" / "python"), "install", "--no-index", "--no-deps", str(wheel)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return folder / "bin"
+
+
 def install(wheel: Path, folder: Path, *, extra: str = "") -> Path:
     """Install the wheel into a new virtual environment and return its folder of programs.
 
@@ -49,18 +76,13 @@ def install(wheel: Path, folder: Path, *, extra: str = "") -> Path:
     name all that it needs.
     """
     venv.create(folder, symlinks=True)
-    packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+    packages = _packages_of(folder)
     [metadata] = importlib.metadata.distributions(path=[str(wheel)])
     wanted = [
         each for each in metadata.requires or [] if (marker := Requirement(each).marker) is None or
         (extra and marker.evaluate({"extra": extra}))
     ]  # fmt: skip
-    for name in needed_by(wanted):
-        distribution = importlib.metadata.distribution(name)
-        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
-            link = packages / top
-            if not link.exists():
-                link.symlink_to(Path(str(distribution.locate_file(top))).resolve())
+    _link(needed_by(wanted), packages)
     target = f"device-onboarding-portal[{extra}] @ {wheel.as_uri()}" if extra else str(wheel)
     command = [*PIP, "--python", str(folder / "bin" / "python"), "install", "--no-index", target]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
