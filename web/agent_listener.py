@@ -36,7 +36,7 @@ from workflows.agents.presence import Part, ToldPresence
 log = logging.getLogger("portal.agents")
 
 LOCK = ".agents.lock"
-MAX_OF_AGENT = 4
+MAX_OF_AGENT, MAX_CONNECTIONS_OF_AGENT = 4, 16  # requests at a time, and connections, some of which are lost links
 IDLE_SECONDS = 90.0  # from an answer to the end of the next request
 ANSWER_SECONDS = 300.0
 MAX_WAIT = 60.0
@@ -53,6 +53,7 @@ class AgentListener(MutualTlsListener):
     """Accepts agents' connections."""
 
     name, variable = "agents", "PORTAL_AGENTS_BIND"
+    max_of_client = MAX_CONNECTIONS_OF_AGENT
 
     def __init__(self, portal: Portal) -> None:
         super().__init__(portal.settings)
@@ -112,12 +113,14 @@ class _Conversation(Conversation):
             "POST /broker-agents/presence": self._presence,
             "POST /broker-agents/certificates": self._certificates,
         }
-        self.extend(ANSWER_SECONDS)
         self._begun = False
         try:
-            body = self.read_body()
-            # Looked up at each request: a removed agent's connection ends with its next one.
-            self._record = self._portal.agents.shown(self.certificate)
+            try:
+                # Looked up at each request: a removed agent's connection ends with its next one.
+                self._record = self._portal.agents.shown(self.certificate)
+                self.extend(ANSWER_SECONDS)
+            finally:  # who is refused reads why once its request was read, for which it has no more time than before
+                body = self.read_body()
             handler = handlers.get(f"{self.command} {urlsplit(self.path).path}")
             if handler is None:
                 raise NotFound("There is nothing at this path for agents.")

@@ -7,6 +7,8 @@ not shown a certificate that counts has few connections at a time, each address 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import logging
 import re
 import socket
@@ -33,8 +35,9 @@ MAX_CONNECTIONS = 1000
 MAX_UNKNOWN, MAX_UNKNOWN_OF_ADDRESS = 256, 16  # connections that have not shown a certificate that counts
 MAX_UNKNOWN_OF_TRUSTED = 256
 BLOCK = 64 << 10
-AGAIN_SECONDS = 2.0
+AGAIN_SECONDS, FULL_SECONDS = 2.0, 0.2
 LOOK_SECONDS = 0.5  # between two looks whether to stop, and which connections take too long
+_FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN}  # what the system has no more of
 
 
 def run_in_one_process(lock: Path, serve: Callable[[threading.Event], None], stopping: threading.Event) -> None:
@@ -60,6 +63,7 @@ class MutualTlsListener(ABC):
     # For so long an address from which a certificate was shown that counts has more connections that show none yet, and
     # others cannot take those.
     trusts_addresses_for: ClassVar[float] = 0.0
+    max_of_client: ClassVar[int] = MAX_CONNECTIONS  # connections by one certificate: the oldest ends for a newer one
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -70,6 +74,7 @@ class MutualTlsListener(ABC):
         self._unknown: dict[socket.socket, str] = {}
         self._trusted: dict[str, float] = {}  # addresses, each until when
         self._under_way: Counter[Hashable] = Counter()
+        self._of_client: dict[bytes, list[socket.socket]] = {}  # by certificates that count, the oldest first
         self._context: tuple[object, ssl.SSLContext] | None = None
 
     @property
@@ -104,8 +109,12 @@ class MutualTlsListener(ABC):
             listener.settimeout(LOOK_SECONDS)
             self.listening.set()
             while not stopping.is_set():
-                with contextlib.suppress(TimeoutError, ConnectionError):
+                try:
                     self._accept(listener.accept()[0])
+                except OSError as error:  # also of a client that has gone already; those that are served stay
+                    if error.errno in _FULL:
+                        log.error("a connection was not accepted", extra={"listener": self.name, "problem": str(error)})
+                        stopping.wait(FULL_SECONDS)
                 self._end_late()
         self.stopping.set()
         with self._lock:
@@ -120,7 +129,14 @@ class MutualTlsListener(ABC):
                 return
             self._open[client] = time.monotonic() + self.settings.request_timeout
             self._unknown[client] = address
-        threading.Thread(target=self._take, args=(client, address), name=self.name, daemon=True).start()
+        try:
+            threading.Thread(target=self._take, args=(client, address), name=self.name, daemon=True).start()
+        except RuntimeError as error:  # as many threads as the system lets the portal have
+            with self._lock:
+                del self._open[client]
+                self._unknown.pop(client, None)
+            client.close()
+            raise OSError(errno.EAGAIN, "no thread can be started") from error
 
     def _may_come(self, address: str) -> bool:
         """Tell whether another connection may come from an address; the oldest of those of others may end for it.
@@ -184,9 +200,11 @@ class MutualTlsListener(ABC):
             secure.do_handshake()
             # Each device has a certificate of this CA, so that TLS alone does not tell clients from others.
             with contextlib.suppress(PortalError):  # the first request is answered with it
-                self.check(secure.getpeercert(binary_form=True) or b"")
+                certificate = secure.getpeercert(binary_form=True) or b""
+                self.check(certificate)
                 self._known(secure)
                 self._trust(address)
+                self._count(secure, certificate)
             self.converse(secure)
         except OSError as error:  # of TLS, too
             log.debug("a connection has ended", extra={"listener": self.name, "problem": str(error)})
@@ -196,7 +214,23 @@ class MutualTlsListener(ABC):
             self._known(client)
             with self._lock:
                 self._open.pop(client, None)
+                self._discount(client)
             client.close()
+
+    def _count(self, client: socket.socket, certificate: bytes) -> None:
+        """Count a connection of a client that counts; its oldest one ends if there are too many, as of a lost link."""
+        with self._lock:
+            its = self._of_client.setdefault(hashlib.sha256(certificate).digest(), [])
+            its.append(client)
+            if len(its) > self.max_of_client:
+                _end(its.pop(0))
+
+    def _discount(self, client: socket.socket) -> None:
+        for key, its in [*self._of_client.items()]:
+            if client in its:
+                its.remove(client)
+            if not its:
+                del self._of_client[key]
 
     def _known(self, client: socket.socket) -> None:
         """Count a connection no longer as one without a certificate that counts."""

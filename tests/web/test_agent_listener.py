@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import socket
@@ -406,6 +407,92 @@ def test_the_certificate_of_a_device_gives_no_more_connections_than_none(
             stack.enter_context(server.tls(Agent(device, b"")))  # it has shown its certificate, and asks for nothing
         assert refused_by_tls(server, device)
         assert ask(connection, "GET", CHANGES)[0] == 200
+
+
+def test_half_a_handshake_holds_a_connection_no_longer_than_none(server: Server) -> None:
+    hello, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = server.context()
+    with pytest.raises(ssl.SSLWantReadError):
+        context.wrap_bio(hello, outgoing, server_hostname=server.address[0]).do_handshake()
+    with socket.create_connection(server.address, 30) as silent:
+        silent.sendall(outgoing.read())
+        while silent.recv(65536):
+            pass  # what the server says of itself, and then the end
+
+
+def test_an_idle_connection_of_an_agent_is_ended(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_listener, "IDLE_SECONDS", 0.2)
+    with server.tls(server.agent()) as idle:
+        idle.sendall(b"GET /broker-agents/elsewhere HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert idle.recv(12) == b"HTTP/1.1 404"
+        while idle.recv(65536):
+            pass
+
+
+def test_an_agent_that_holds_many_connections_keeps_no_other_out(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AgentListener, "max_of_client", 3)
+    monkeypatch.setattr(mutual_tls, "MAX_CONNECTIONS", 5)
+    agent, other = server.agent(), server.agent("other")
+    with contextlib.ExitStack() as stack:
+        held = []
+        for _ in range(6):
+            held.append(stack.enter_context(server.tls(agent)))
+            held[-1].sendall(b"GET /broker-agents/elsewhere HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert held[-1].recv(12) == b"HTTP/1.1 404"
+            if len(held) > 3:
+                while held[len(held) - 4].recv(65536):
+                    pass  # the oldest is ended
+        assert server.ask(other.context, "GET", CHANGES)[0] == 200
+        held[-1].sendall(b"GET /broker-agents/elsewhere HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert held[-1].recv(65536)
+
+
+def test_a_body_of_a_client_that_does_not_count_has_no_more_time_than_its_handshake(server: Server) -> None:
+    agent = server.agent()
+    device = Agent(server.certified(agent, AgentCertificate.GOOD), b"")
+    with server.tls(device) as slow:
+        slow.settimeout(0.1)
+        slow.sendall(b"POST /broker-agents/report HTTP/1.1\r\nContent-Length: 100000\r\n\r\n")
+        ended = False
+        while not ended:  # a byte now and then is no time-out of the connection
+            try:
+                slow.sendall(b"x")
+                ended = slow.recv(1) == b""
+            except TimeoutError:
+                continue
+            except (ssl.SSLError, ConnectionError):
+                ended = True
+
+
+@pytest.mark.parametrize("fault", ["no thread", "no descriptor"])
+def test_when_the_system_has_no_more_to_give_those_that_are_served_stay(
+    server: Server, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    agent, start, left = server.agent(), threading.Thread.start, [1]
+
+    def fails(of: threading.Thread) -> None:
+        if of.name == "agents" and left.pop():
+            raise RuntimeError("can't start new thread")
+        start(of)
+
+    def refuses(_listener: AgentListener, client: socket.socket) -> None:
+        monkeypatch.undo()
+        client.close()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with server.connected(agent.context) as connection:
+        assert ask(connection, "GET", CHANGES)[0] == 200
+        if fault == "no thread":
+            monkeypatch.setattr(threading.Thread, "start", fails)
+        else:
+            monkeypatch.setattr(AgentListener, "_accept", refuses)
+        with socket.create_connection(server.address, 30) as refused:
+            assert is_ended(refused)
+        monkeypatch.undo()
+        assert ask(connection, "GET", CHANGES)[0] == 200
+        assert server.ask(agent.context, "GET", CHANGES)[0] == 200
 
 
 def test_an_agent_has_a_few_requests_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
