@@ -294,3 +294,42 @@ def test_a_sleeping_session_gets_what_its_device_may_not_read_any_more_until_its
     with installation.client(node, credentials) as client:
         assert client.connect(identity, clean=False) == 0
         assert not client.session_present
+
+
+def test_a_retained_message_outlives_its_device_where_it_was_taken_until_it_is_cleared_there(
+    installation: Installation,
+) -> None:
+    identity, credentials = installation.device()
+    other, of_other = installation.device()
+    topic, first = f"devices/{identity}/state", installation.cluster.nodes[0]
+    with installation.client(first, credentials) as client:
+        assert client.connect(identity) == 0
+        client.publish(topic, b"kept", retain=True)
+    installation.tell(journal.deny_line(identity), journal.allow_line(other, [("devices/#", Access.READWRITE)]))
+    first.ask("DELETE", f"/api/connections/username/{identity}")
+
+    def retained(node: Node, asked: str) -> list[bytes]:
+        with installation.client(node, of_other) as client:
+            assert client.connect(other) == 0
+            assert client.subscribe(asked) == 1
+            client.ping()
+            return [message.payload for message in client.messages]
+
+    assert retained(first, topic) == [b"kept"]
+    assert retained(first, f"devices/{identity}/+") == []  # 3.10 looks for the topic that is named
+    for node in installation.cluster.nodes[1:]:
+        assert retained(node, topic) == []
+    with installation.client(first, of_other) as client:
+        assert client.connect(other) == 0
+        client.publish(topic, b"", retain=True)
+    assert retained(first, topic) == []
+
+
+def test_the_session_of_a_client_that_is_away_ends_after_a_day(installation: Installation) -> None:
+    identity, credentials = installation.device()
+    node = installation.cluster.nodes[0]
+    with installation.client(node, credentials) as client:
+        assert client.connect(identity, clean=False) == 0
+        assert client.subscribe(f"devices/{identity}/news") == 1
+    queue = node.get(f"/api/queues/%2F/mqtt-subscription-{identity}qos1")
+    assert queue["arguments"]["x-expires"] == 24 * 60 * 60 * 1000
