@@ -87,7 +87,7 @@ def broker_add(portal: Remote, name: str, address: str, code_out: str | None) ->
     fingerprint = answer.get("fingerprint")
     options = ["--url", str(answer["url"]), *(["--fingerprint", str(fingerprint)] if fingerprint else [])]
     code = "CODE" if code_out else str(answer["code"])
-    portal.out.note(f"On the other machine: {shlex.join(['portal-server', 'agent', 'join', *options, code])}")
+    portal.out.block("On the other machine:", [shlex.join(["portal-server", "agent", "join", *options, code])])
 
 
 @command("update", broker, examples=["portal broker update edge-1 --address edge-1.example.com:8883"])

@@ -309,6 +309,17 @@ def test_a_command_works_on_a_terminal_in_a_pipe_and_as_json(session: Session, s
         session.json(*words[2])
 
 
+def test_the_command_for_the_other_machine_is_one_line_however_narrow_the_terminal_is(
+    session: Session, stub: PortalStub
+) -> None:
+    answer = BROKER | {"code": "c0de", "url": "https://portal.example.com:8443", "fingerprint": "ab" * 32}
+    stub.replies["POST", "/brokers"] = Reply(body=answer)
+    with terminal(session, "broker", "add", "edge-1", "--address", "edge-1:8883", NO_COLOR="1", COLUMNS="60") as seen:
+        assert seen.end() == 0, seen.seen
+    command = f"portal-server agent join --url {answer['url']} --fingerprint {answer['fingerprint']} c0de"
+    assert command in [line.strip() for line in seen.seen.splitlines()]
+
+
 def test_every_command_is_tested_on_a_terminal() -> None:
     tested = {_name_of(command) for command in (*EMPTY_LISTS, *COMMANDS)} | ELSEWHERE
     named = {
