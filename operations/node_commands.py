@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from operations import authority, node_settings, nodes
@@ -28,18 +30,27 @@ def invite() -> None:
 
 @click.command("join")
 @click.option("--name", metavar="NAME", default="", help="The node's name; else that of the machine.")
-@click.option("--code", prompt="Code", hide_input=True, help="The code; asked for if it is not given.")
+@click.option("--code", metavar="CODE", help="The code; asked for, or read from standard input, if it is not given.")
 @without_traceback
-def join(name: str, code: str) -> None:
+def join(name: str, code: str | None) -> None:
     """Let this machine be a node of an installation.
 
     The data folder must be empty, and PORTAL_DATABASE_URL that of the other nodes. The secrets of the installation come
     with the code: the keys of links, the CA keys but for the root's. A passphrase that is a setting does not.
     """
     settings = settings_of_app()
-    node = nodes.join(settings, code.strip(), name, now=utc_now())
+    node = nodes.join(settings, (code or _ask_code()).strip(), name, now=utc_now())
     click.echo(f"Node           {node.name}, with {settings.data_dir}")
     click.echo("Next           start the portal here, and the broker beside it")
+
+
+def _ask_code() -> str:
+    if sys.stdin.isatty():
+        return str(click.prompt("Code", hide_input=True, err=True))
+    code = sys.stdin.readline()
+    if not code.strip():
+        raise click.UsageError("The code is missing; add --code, or give it on standard input.")
+    return code
 
 
 @click.command("nodes")

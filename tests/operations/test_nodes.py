@@ -7,17 +7,19 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
 from config import Settings
 from core.broker_control import ControlKind
 from core.errors import DatabaseInUse, NotFound, PortalRunning, StartupError, StateConflict, TooManyUploads
 from core.states import BrokerEngine
 from core.tenants import Quotas
-from operations import authority, jobs, leadership, nodes
+from operations import authority, jobs, leadership, node_commands, nodes
 from operations.backup.backup import back_up
 from operations.backup.restore import restore
 from operations.leadership import leadership_of
@@ -403,3 +405,19 @@ def test_a_quota_of_uploads_is_of_all_nodes_together(tmp_path: Path, url: str) -
                 pass
             with other.bulk.place("acme"):
                 pass
+
+
+@pytest.mark.parametrize(("given", "status"), [("c0de\n", 0), ("", 2), ("\n", 2)])
+def test_a_code_can_be_given_on_standard_input(monkeypatch: pytest.MonkeyPatch, given: str, status: int) -> None:
+    taken: list[str] = []
+
+    def join(settings: object, code: str, name: str, *, now: datetime) -> SimpleNamespace:
+        taken.append(code)
+        return SimpleNamespace(name=name)
+
+    monkeypatch.setattr(node_commands, "settings_of_app", lambda: SimpleNamespace(data_dir="data"))
+    monkeypatch.setattr(nodes, "join", join)
+    result = CliRunner().invoke(node_commands.join, ["--name", "edge-2"], input=given)
+    assert (result.exit_code, taken) == (status, ["c0de"] if status == 0 else [])
+    assert "Warning" not in result.output  # as the standard library prints if it shall hide what no terminal shows
+    assert status == 0 or "--code" in result.output
