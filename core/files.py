@@ -18,6 +18,9 @@ from core.errors import LockUnavailable, StartupError
 
 LOCK_SECONDS = 60.0
 LOOK_SECONDS = 1.0  # a worker that serves from a file looks for a newer one if its last look is older than this
+# Who waits for less time polls: a lock that is not there in time should be nobody's then, and not that of a thread that
+# has to release it.
+PATIENT_SECONDS = 1.0
 _FIRST_PAUSE, _MAX_PAUSE = 0.00005, 0.005
 
 
@@ -170,8 +173,52 @@ def _open(path: Path) -> int:
         raise LockUnavailable(f"{path} cannot be opened ({error.strerror}); check its disk.") from error
 
 
-def _take(descriptor: int, deadline: float, path: Path) -> None:
-    # flock has no timeout. To poll costs microseconds, and only one thread of a process does.
+class _Waiter:
+    """Waits in the kernel for the lock on a file, by a thread of its own, since flock(2) has no timeout.
+
+    The kernel wakes it at once, while one who polls has to wake again and again, and takes the interpreter from others
+    each time. A lock that comes too late is released as soon as it is there; until then nobody else can wait here.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._lock = threading.Lock()
+        self._wanted = threading.Semaphore(0)
+        self._taken = threading.Semaphore(0)
+        self._descriptor: int | None = None  # of the open file whose lock is waited for
+        self._too_late = False
+        threading.Thread(target=self._run, name="lock", daemon=True).start()
+
+    def wait(self, descriptor: int, timeout: float) -> bool:
+        """Return whether the lock was taken in time; ``False`` at once while one is waited for that comes too late."""
+        with self._lock:
+            if self._descriptor is not None:
+                return False
+            self._descriptor = os.dup(descriptor)  # whoever waits may close the other one
+        self._wanted.release()
+        if self._taken.acquire(timeout=timeout):
+            return True
+        with self._lock:
+            self._too_late = self._descriptor is not None
+            if self._too_late:
+                return False
+        return self._taken.acquire()  # it has come just now
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.acquire()
+            descriptor = self._descriptor
+            if descriptor is None:
+                raise RuntimeError("a lock is waited for, and no file is there")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with self._lock:
+                os.close(descriptor)
+                self._descriptor, is_wanted, self._too_late = None, not self._too_late, False
+            if is_wanted:
+                self._taken.release()
+
+
+def _poll(descriptor: int, deadline: float, path: Path) -> None:
     pause = _FIRST_PAUSE
     while not _taken(descriptor):
         if time.monotonic() >= deadline:
@@ -195,6 +242,7 @@ class FileLock:
         self._path = path
         self._thread_lock = threading.Lock()
         self._held = False  # whether the holder of the thread lock also holds the lock on the file
+        self._waiter: _Waiter | None = None  # made at need
 
     @contextmanager
     def hold(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
@@ -222,7 +270,7 @@ class FileLock:
                 yield False
                 return
             with self._descriptor() as descriptor:
-                _take(descriptor, deadline, self._path)
+                self._take(descriptor, deadline)
                 self._held = True
                 try:
                     yield True
@@ -230,6 +278,16 @@ class FileLock:
                     self._held = False
         finally:
             self._thread_lock.release()
+
+    def _take(self, descriptor: int, deadline: float) -> None:
+        if _taken(descriptor):
+            return
+        if (timeout := deadline - time.monotonic()) >= PATIENT_SECONDS:
+            if self._waiter is None or self._waiter.process != os.getpid():  # a forked process has no such thread
+                self._waiter = _Waiter()
+            if self._waiter.wait(descriptor, timeout):
+                return
+        _poll(descriptor, deadline, self._path)
 
     @contextmanager
     def try_hold(self) -> Iterator[bool]:

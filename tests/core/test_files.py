@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from core import files
 from core.errors import LockUnavailable, StartupError
 from core.files import (
     FileLock,
@@ -143,6 +147,87 @@ def test_who_finds_it_done_when_its_turn_has_come_waits_for_no_other_process(tmp
         assert held
         with of_another.try_hold() as free:
             assert not free
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Is released each time that a thread is about to wait for a file in the kernel; to poll is an error."""
+    waits, flock = threading.Semaphore(0), fcntl.flock
+
+    def announced(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX:
+            waits.release()
+        flock(descriptor, operation)
+
+    def poll(_pause: float) -> None:
+        raise AssertionError("it polls")
+
+    monkeypatch.setattr(fcntl, "flock", announced)
+    monkeypatch.setattr(time, "sleep", poll)
+    return waits
+
+
+def test_who_waits_for_another_process_is_woken_by_the_kernel(tmp_path: Path, waits: threading.Semaphore) -> None:
+    lock, of_another = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    before = len(os.listdir("/proc/self/fd"))
+
+    def hold() -> bool:
+        with lock.hold(60.0), of_another.try_hold() as free:
+            return free
+
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(2):
+            with of_another.hold():
+                future = pool.submit(hold)
+                assert waits.acquire(timeout=60)
+            assert future.result() is False
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_lock_that_comes_too_late_is_released_and_can_be_waited_for_again(
+    tmp_path: Path, waits: threading.Semaphore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, of_another = FileLock(tmp_path / "lock"), FileLock(tmp_path / "lock")
+    monkeypatch.setattr(files, "PATIENT_SECONDS", 0.01)
+    with of_another.hold():
+        with pytest.raises(LockUnavailable, match="another process of the portal holds it"), lock.hold(0.05):
+            pass
+        assert waits.acquire(timeout=60)
+        monkeypatch.undo()
+        with pytest.raises(LockUnavailable), lock.hold(0.05):  # it polls meanwhile
+            pass
+        assert not waits.acquire(blocking=False)
+    with of_another.hold(60.0):  # which the thread that came too late does not keep
+        pass
+    with lock.hold(60.0), of_another.try_hold() as free:
+        assert not free
+
+
+def test_a_forked_process_waits_by_itself(tmp_path: Path) -> None:
+    program = """
+import os, sys, threading
+from pathlib import Path
+from core.files import FileLock
+lock, other = FileLock(Path(sys.argv[1])), FileLock(Path(sys.argv[1]))
+def wait():
+    with lock.hold(60.0):
+        pass
+def both():
+    with other.hold():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while lock._waiter is None or lock._waiter.process != os.getpid():
+            pass
+    thread.join()
+both()
+child = os.fork()
+both()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+os._exit(0)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    assert subprocess.run(command, timeout=60, check=False, cwd=Path(files.__file__).parent.parent).returncode == 0
 
 
 def test_a_lock_whose_file_cannot_be_opened_is_said_to_be_unavailable(tmp_path: Path) -> None:
