@@ -1,8 +1,9 @@
 """The control of a RabbitMQ cluster: it asks the portal about its clients, and what it was answered is waited out.
 
 A denial is proven in steps at each node, since a node believes for some time what it was answered before, and a client
-that is connected goes on: the node asks a portal that has the change; connections are closed; the node is seen to have
-forgotten what it was answered before; connections that were made meanwhile are closed, and none are left.
+that is connected goes on: the node asks a portal that has the change; connections are closed; once no answer of before
+can be on its way any more, the node is told something, and is seen to have forgotten that, and with it all that it was
+told before; connections that were made meanwhile are closed, and none are left.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ class _Denial:
 
     at: float
     good: ProbeCertificate
+    generation: int
     believed: Mapping[NodeProbe, Believed]
 
 
@@ -115,7 +117,7 @@ class RabbitmqControl(JournalControl):
             self._vhosts.make_all(self._tenants, deadline)
         if shows is not None:
             proven = self._at_each(lambda one: one.prove(shows, position.generation, deadline), self._probes, deadline)
-            self._denial = _Denial(started, shows, proven)
+            self._denial = _Denial(started, shows, position.generation, proven)
         return position.generation
 
     def end_sessions(
@@ -134,10 +136,12 @@ class RabbitmqControl(JournalControl):
         if denial is None:
             self._cluster.for_each(device_ids, lambda identity: self._cluster.end(identity, deadline))
             return
-        left = self._ended.left(device_ids)
+        left, none_in_flight_at = self._ended.left(device_ids), denial.at + IN_FLIGHT_SECONDS
+        self._check_time(none_in_flight_at, deadline)
+        ended = self._end_until(none_in_flight_at, left)
+        denial = self._ask_again(denial, deadline)
         forgotten_at = self._forgotten_at(denial, deadline)
-        ended = self._cluster.end_until(forgotten_at, left)
-        time.sleep(max(0.0, forgotten_at - time.monotonic()))
+        ended |= self._end_until(forgotten_at, [identity for identity in left if identity not in ended])
         seen_by = self._see_forgotten(denial, deadline)
         if narrowed and (without := sorted(self._names - seen_by)):
             raise BrokerUnavailable(
@@ -153,18 +157,37 @@ class RabbitmqControl(JournalControl):
 
         self._cluster.for_each(left, finish)
 
+    def _end_until(self, deadline: float, identities: Sequence[str]) -> Set[str]:
+        """End sessions until a time, and wait for it; return whose sessions were ended."""
+        ended = self._cluster.end_until(deadline, identities)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        return ended
+
+    def _ask_again(self, denial: _Denial, deadline: float) -> _Denial:
+        """Have each node believe something anew, when it has given up all questions of before the denial.
+
+        A node that was held up meanwhile takes late what was on its way, but before it answers this.
+        """
+        probes = [*denial.believed]
+        proven = self._at_each(lambda one: one.prove(denial.good, denial.generation, deadline), probes, deadline)
+        return replace(denial, believed=proven)
+
     def _forgotten_at(self, denial: _Denial, deadline: float) -> float:
         """Return when no node can go by an answer of before the denial; raise ``BrokerUnavailable`` if that is late."""
         cache, now = self._settings.rabbitmq_cache_seconds, time.monotonic()
-        at = denial.at + IN_FLIGHT_SECONDS + cache
-        for believed in denial.believed.values():
-            at = max(at, believed.at + cache, now + believed.ends / 1000 - time.time())
-        if at + SETTLE_SECONDS >= deadline:
+        ends = (max(one.at + cache, now + one.ends / 1000 - time.time()) for one in denial.believed.values())
+        at = max(ends) + SETTLE_SECONDS
+        self._check_time(at - cache, deadline)
+        return at
+
+    def _check_time(self, asked_at: float, deadline: float) -> None:
+        """Raise ``BrokerUnavailable`` if what a node is told at a time cannot be forgotten by the deadline."""
+        cache = self._settings.rabbitmq_cache_seconds
+        if asked_at + cache >= deadline:
             raise BrokerUnavailable(
                 "There was no time to wait until RabbitMQ has forgotten what it was answered before: set"
                 f" PORTAL_ENFORCE_TIMEOUT to {IN_FLIGHT_SECONDS + cache + 2:g} or more."
             )
-        return at + SETTLE_SECONDS
 
     def _see_forgotten(self, denial: _Denial, deadline: float) -> Set[str]:
         """See that each node has forgotten what it was answered before the denial; return the nodes, which all run."""
