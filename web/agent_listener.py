@@ -8,6 +8,7 @@ import logging
 import re
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -29,7 +30,7 @@ from core.topics import is_device_id
 from operations.wiring import Portal
 from store.agents import AgentRecord, Given
 from web.api.problems import of_error
-from web.mutual_tls import Conversation, MutualTlsListener, run_in_one_process
+from web.mutual_tls import BLOCK, Conversation, MutualTlsListener, run_in_one_process
 from workflows.agents.agents import AgentCertificate, Report
 from workflows.agents.presence import Part, ToldPresence
 
@@ -37,6 +38,8 @@ log = logging.getLogger("portal.agents")
 
 LOCK = ".agents.lock"
 MAX_OF_AGENT, MAX_CONNECTIONS_OF_AGENT = 4, 16  # requests at a time, and connections, some of which are lost links
+# Each time, a certificate of a probe may come onto the CRL. An agent asks at its start, and then every few weeks.
+MAX_CERTIFIED, CERTIFIED_SECONDS = 30, 3600.0
 IDLE_SECONDS = 90.0  # from an answer to the end of the next request
 ANSWER_SECONDS = 300.0
 MAX_WAIT = 60.0
@@ -58,6 +61,7 @@ class AgentListener(MutualTlsListener):
     def __init__(self, portal: Portal) -> None:
         super().__init__(portal.settings)
         self.portal = portal
+        self._certified: dict[int, list[float]] = {}  # when the agent of a broker had certificates issued
 
     @property
     def address(self) -> Address | None:
@@ -91,6 +95,15 @@ class AgentListener(MutualTlsListener):
                 self.portal.database.advances.tell()
                 self.portal.database.advances.heard()
                 following.join()
+
+    def check_may_be_certified(self, record: AgentRecord) -> None:
+        """Count a request for certificates; raise ``Unavailable`` if an agent has made too many."""
+        now = time.monotonic()
+        with self._lock:
+            times = [at for at in self._certified.get(record.broker_id, ()) if at > now - CERTIFIED_SECONDS]
+            if len(times) >= MAX_CERTIFIED:
+                raise Unavailable("This agent has asked for certificates too often; try again in an hour.")
+            self._certified[record.broker_id] = [*times, now]
 
 
 class _Conversation(Conversation):
@@ -138,6 +151,13 @@ class _Conversation(Conversation):
             log.exception("an agent was not answered")
             self._refuse(error)
         self.extend(IDLE_SECONDS)
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Send bytes; on a slow link an agent has time for as long as it takes in some."""
+        view = memoryview(content)
+        for start in range(0, len(content), BLOCK):
+            self.extend(ANSWER_SECONDS)
+            super().write(view[start : start + BLOCK])
 
     def _refuse(self, error: Exception) -> None:
         problem = of_error(error, request_id="", path=urlsplit(self.path).path)
@@ -200,6 +220,7 @@ class _Conversation(Conversation):
         problem, generation, digest = said.get("problem"), said.get("generation"), said.get("digest")
         if problem is not None and not (isinstance(problem, str) and 0 < len(problem) <= 2000):
             raise InputInvalid("A problem is a sentence.")
+        problem = problem and "".join(letter if letter.isprintable() else "?" for letter in problem)
         if type(generation) is not int or generation < 0 or not isinstance(digest, str):
             raise InputInvalid("A report names the generation and the digest of a page of changes.")
         presence = said.get("presence")
@@ -219,6 +240,7 @@ class _Conversation(Conversation):
         if not said or not all(kind in kinds and isinstance(csr, str) for kind, csr in said.items()):
             raise InputInvalid(f"Certificates are asked for by CSRs (PEM) for {', '.join(kinds)}.")
         requests = {AgentCertificate(kind): csr for kind, csr in said.items()}
+        self._listener.check_may_be_certified(self._agent)
         issued = self._portal.agents.certify(self._agent, requests)
         body = {"generation": issued.generation, "certificates": dict(issued.chains)}
         self.send(HTTPStatus.OK, json.dumps(body).encode(), "application/json")

@@ -343,7 +343,7 @@ class Conversation(BaseHTTPRequestHandler):
         self.end_headers()
         self.write(content)
 
-    def write(self, content: bytes) -> None:
+    def write(self, content: bytes | memoryview) -> None:
         """Send bytes in blocks, each of which may take until the time-out of the connection."""
         view = memoryview(content)
         for start in range(0, len(content), BLOCK):

@@ -207,6 +207,7 @@ class Agent:
         with self._lock:
             if self._loading is not None and self._loading.page is not None:
                 self._install(self._loading, self._loading.page)
+            self._check_certificate()
             asked, ends = self._asked(), self._proof.ends if self._proof is not None else 0
         with self._client.changes(asked, self._seen, wait, ends=ends) as lines:
             reader = PageReader()
@@ -223,6 +224,15 @@ class Agent:
         with self._lock:
             self._taken(page, sessions)
         return True
+
+    def _check_certificate(self) -> None:
+        """Raise ``ClientCertificateRefused`` if the portal would not know the agent by its certificate any more."""
+        expired = self._folder.expired_at(utc_seconds())
+        if expired is not None:
+            raise ClientCertificateRefused(
+                f"The agent's certificate has expired on {expired:%Y-%m-%d}: add its broker at the portal under another"
+                " name, join with portal-server agent join --again, then remove the broker by its old name."
+            )
 
     def _asked(self) -> Mark:
         """Return after which page to go on."""

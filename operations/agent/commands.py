@@ -61,8 +61,9 @@ def agent_group() -> None:
 @click.argument("code")
 @click.option("--url", required=True, metavar="URL", help="The portal's address, https://…")
 @click.option("--fingerprint", type=_Fingerprint(), metavar="SHA256", help="Trust the portal by its root certificate.")
+@click.option("--again", is_flag=True, help="Also if it has joined before; its broker goes on meanwhile.")
 @_without_traceback
-def join_portal(code: str, url: str, fingerprint: str | None) -> None:
+def join_portal(code: str, url: str, fingerprint: str | None, again: bool) -> None:
     """Join a portal by the CODE that portal broker add has shown.
 
     The code works once. The agent's key is made here, and stays here.
@@ -71,9 +72,11 @@ def join_portal(code: str, url: str, fingerprint: str | None) -> None:
 
     settings, folder = _opened()
     with FileLock(settings.data_dir / LOCK).try_hold() as alone:
-        if not alone or folder.has_joined:
+        if not alone:
+            raise StartupError(f"An agent runs on {settings.data_dir}; stop it, or set PORTAL_DATA_DIR.")
+        if folder.has_joined and not again:
             raise StartupError(
-                f"{folder.path} is that of an agent already; set PORTAL_DATA_DIR to another folder, or remove it."
+                f"{folder.path} is that of an agent already; add --again to replace it, or set PORTAL_DATA_DIR."
             )
         identity = join(folder, url, fingerprint, code)
     click.echo(f"Joined as the agent of the broker {identity.name}")

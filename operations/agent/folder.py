@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ class AgentFolder:
     def keep_pair(self, key: bytes, chain: str) -> None:
         """Keep the agent's own key and certificate with its chain (PEM)."""
         replace_file(self.pair, key + chain.encode())
+
+    def expired_at(self, now: float) -> datetime | None:
+        """Return when the agent's own certificate expired, ``None`` if it has not or cannot be read."""
+        try:
+            ends = x509.load_pem_x509_certificate(self.pair.read_bytes()).not_valid_after_utc
+        except (OSError, ValueError):
+            return None
+        return ends if ends.timestamp() <= now else None
 
     def state(self) -> State:
         """Return how far it has come, nothing if that cannot be read."""

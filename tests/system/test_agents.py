@@ -294,6 +294,29 @@ def test_a_broker_that_was_declared_away_does_not_hold_up_the_others(hasty: Depl
         assert revoke(hasty, other)["broker"] == "enforced"
 
 
+@pytest.mark.long
+def test_an_agent_that_joins_again_leaves_no_time_in_which_its_broker_does_not_count(hasty: Deployment) -> None:
+    with edge_of(hasty) as edge:
+        device, other = hasty.onboard(), hasty.onboard("pump-2")
+        edge.stop_agent()  # such as one whose certificate has expired
+        assert revoke(hasty, device)["broker"] == "pending"
+        edge.name = "edge-again"
+        added = edge.add()
+        options = ("--url", added["url"], "--fingerprint", added["fingerprint"])
+        refused = edge.run("join", added["code"], *options, check=False)
+        assert "add --again" in refused.stderr
+        edge.run("join", added["code"], *options, "--again")
+        edge.start_agent()
+        edge.wait_enforced()
+        assert is_denied(edge.here(device))
+        assert is_let_in(edge.here(other))
+        assert "edge was not seen" in revoke(hasty, other)["broker_problem"]
+        answer = hasty.call("DELETE", "/brokers/edge?confirm=edge")
+        assert answer.status_code == 200, answer.text
+        edge.wait_enforced()
+        assert revoke(hasty, hasty.onboard("pump-3"))["broker"] == "enforced"
+
+
 # --- The link --------------------------------------------------------------------------------------------------------
 
 

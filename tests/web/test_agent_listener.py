@@ -240,6 +240,39 @@ def test_a_page_whose_last_line_was_not_sent_was_not_given(server: Server, monke
     assert server.ask(agent.context, "POST", REPORT, body)[0] == 409
 
 
+def test_what_an_agent_says_is_wrong_may_have_any_letters(server: Server) -> None:
+    said = {"generation": 0, "digest": "", "problem": "a\0b\ud800\x1b[2J"}
+    assert server.ask(server.agent().context, "POST", REPORT, said)[0] == 200
+    with server.portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        assert brokers.get_broker(tx, "edge").problem == "a?b??[2J"
+
+
+def test_an_agent_that_asks_for_certificates_again_and_again_fills_no_crl(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_listener, "MAX_CERTIFIED", 2)
+    agent, other = server.agent(), server.agent("other")
+    asked = {"revoked": new_request(new_key())}
+    answers = [server.ask(agent.context, "POST", "/broker-agents/certificates", asked)[0] for _ in range(3)]
+    assert answers == [200, 200, 503]
+    assert server.ask(other.context, "POST", "/broker-agents/certificates", asked)[0] == 200
+    monkeypatch.setattr(agent_listener, "CERTIFIED_SECONDS", 0.0)
+    assert server.ask(agent.context, "POST", "/broker-agents/certificates", asked)[0] == 200
+
+
+def test_a_long_page_on_a_slow_link_has_time_for_as_long_as_it_goes_on(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, given = server.agent(), list[float]()
+    for number in range(5):
+        server.portal.registrations.register(OPERATOR, request_of(number, csr=False))
+    monkeypatch.setattr(agent_listener, "BLOCK", 64)
+    monkeypatch.setattr(server.listener, "extend", lambda _client, seconds: given.append(seconds))
+    status, content = server.ask(agent.context, "GET", CHANGES)
+    assert status == 200
+    assert given.count(agent_listener.ANSWER_SECONDS) > len(content) // 64
+
+
 def test_who_waits_is_answered_once_something_changes(server: Server) -> None:
     agent, answers = server.agent(), list[tuple[int, Any]]()
     mark, names = page_of(server.ask(agent.context, "GET", CHANGES)[1]).mark, server.portal.agent_feed.names()

@@ -204,7 +204,8 @@ class BrokerAgents:
             record = agents.find_agent(tx, fingerprint)
         if record is None:
             raise ClientCertificateRefused(
-                "This certificate is not the newest one of an agent here; if its broker was removed, add it again."
+                "This certificate is not the newest one of an agent here: add its broker, and join with"
+                " portal-server agent join --again."
             )
         if record.certificate != fingerprint:
             with self._database.transaction(sees=ALL_TENANTS) as tx:

@@ -363,6 +363,19 @@ def test_its_certificates_are_renewed_and_the_one_before_counts_no_more(
         Agent(settings, folder).follow(0)
 
 
+def test_an_agent_whose_certificate_has_expired_says_what_to_do_and_its_broker_goes_on(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, agent = register(portal), place.agent()
+    portal.revocations.revoke(OPERATOR, device, "unspecified")
+    agent.follow(0)
+    now = utc_seconds()
+    monkeypatch.setattr(agents, "utc_seconds", lambda: now + 91 * 86400)
+    with pytest.raises(ClientCertificateRefused, match=r"has expired on .* join --again"):
+        agent.follow(0)
+    assert read_access(place.journal)[device] == f"deny {device}"
+
+
 def test_who_has_not_joined_is_told_so(tmp_path: Path) -> None:
     settings, folder = settings_of({"PORTAL_DATA_DIR": str(tmp_path)})
     with pytest.raises(StartupError, match="has not joined"):
