@@ -24,9 +24,19 @@ from core.broker_control import ControlKind
 from core.errors import IssuerUnusable, PortalError
 from core.server_command import client_command, server_command
 from core.states import ClientKind, IssuerKind
-from operations.doctor.base import Finding, Findings, Installation, certificate_of, combine, problem, summarize, warning
+from operations.doctor.base import (
+    Finding,
+    Findings,
+    Installation,
+    certificate_of,
+    combine,
+    problem,
+    summarize,
+    warning,
+    well,
+)
 from operations.doctor.network import https_date, served
-from operations.outside_certificates import outside_certificates
+from operations.outside_certificates import https_certificate, outside_certificates
 from pki import ocsp as pki_ocsp
 from pki.issuers import CLOCK_SKEW, Issuer
 from pki.outer_chain import decode_above
@@ -205,22 +215,33 @@ def ocsp_responders(installation: Installation) -> Finding:
 
 
 def ocsp_served(installation: Installation) -> Finding:
-    """Check the signed OCSP responses of the plain HTTP listener about the two probe certificates (RFC 6960)."""
+    """Check the signed OCSP responses of the plain HTTP listener about the two probe certificates (RFC 6960).
+
+    A portal without a broker beside it has none, and is asked about its own certificate.
+    """
     found = Findings()
-    probes = installation.probe_certificates
-    for probe, expected in ((probes.good, OCSPCertStatus.GOOD), (probes.revoked, OCSPCertStatus.REVOKED)):
-        certificate, issuer = x509.load_pem_x509_certificates(probe.certificate.read_bytes())[:2]
+    settings = installation.settings
+    asked = [(settings.tls_dir / "server.pem", "portal's certificate", OCSPCertStatus.GOOD)]
+    if settings.has_broker:
+        probes = installation.probe_certificates
+        asked = [
+            (probes.good.certificate, "good probe certificate", OCSPCertStatus.GOOD),
+            (probes.revoked.certificate, "revoked probe certificate", OCSPCertStatus.REVOKED),
+        ]
+    elif https_certificate(settings) is not None:
+        return well("The portal has no certificate of its own CA to ask about.")
+    for path, name, expected in asked:
+        certificate, issuer = x509.load_pem_x509_certificates(path.read_bytes())[:2]
         request = OCSPRequestBuilder().add_certificate(certificate, issuer, SHA256()).build()
         text = quote(base64.b64encode(request.public_bytes(Encoding.DER)).decode(), safe="")
         problem_seen = _problem_of_response(
             served(installation, f"/ocsp/{text}"), certificate, issuer, expected, installation
         )
         if problem_seen is not None:
-            name = probe.certificate.stem
-            found.problem(
-                f"Asked about the {name} probe certificate, {problem_seen}.", "Restart the portal; see its log."
-            )
-    url = f"http://{installation.settings.pki_bind}/ocsp"
+            found.problem(f"Asked about the {name}, {problem_seen}.", "Restart the portal; see its log.")
+    url = f"http://{settings.pki_bind}/ocsp"
+    if not settings.has_broker:
+        return combine(found, f"{url} says that the portal's certificate is good.")
     return combine(found, f"{url} tells the good probe certificate from the revoked one.")
 
 

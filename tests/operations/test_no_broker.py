@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -13,6 +15,7 @@ from config import Settings
 from core.errors import StartupError
 from core.roles import Role
 from core.states import BrokerKind
+from operations.doctor import authority
 from operations.doctor.base import State
 from operations.doctor.doctor import OF_BROKER, examine
 from operations.jobs import FOLLOW_PRESENCE, JOBS
@@ -139,6 +142,21 @@ def test_the_doctor_speaks_of_the_brokers_elsewhere_alone(portal: Portal) -> Non
     assert "at edge" in examined()["generation"][1]
     proves(portal)
     assert examined()["generation"][0] is State.OK
+
+
+def test_the_doctor_asks_ocsp_about_the_portals_own_certificate(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def served(_: object, path: str) -> bytes:
+        return portal.responder.answer(base64.b64decode(unquote(path.removeprefix("/ocsp/")))).der
+
+    monkeypatch.setattr(authority, "served", served)
+    checks = (("OCSP served", authority.ocsp_served),)
+    [found] = examine(portal.settings, portal.clock, checks=checks)
+    assert (found.state, found.detail.endswith("says that the portal's certificate is good.")) == (State.OK, True)
+    portal.responder.certificates.path("issuing-1").unlink()
+    [found] = examine(portal.settings, portal.clock, checks=checks)
+    assert (found.state, "about the portal's certificate, the portal answers" in found.detail) == (State.PROBLEM, True)
 
 
 def test_applications_tenants_and_the_console_go_without_a_broker(settings: Settings, clock: Clock) -> None:
