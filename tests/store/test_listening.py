@@ -56,9 +56,9 @@ def test_a_commit_with_a_new_generation_is_heard(portal: Portal, monkeypatch: py
 
 def test_with_one_broker_nobody_is_told(portal: Portal) -> None:
     with portal.database.transaction() as tx:
-        assert tx.execute(db._ADVANCE_AND_TELL, {"at": portal.clock()}).one()[-1] is None
+        assert tx.execute(db._ADVANCE_AND_TELL, {"at": portal.clock()}).one()[1] is None
         brokers.add_broker(tx, "another", BrokerKind.AGENT, at=portal.clock(), joined=True)
-        assert tx.execute(db._ADVANCE_AND_TELL, {"at": portal.clock()}).one()[-1] is not None
+        assert tx.execute(db._ADVANCE_AND_TELL, {"at": portal.clock()}).one()[1] is not None
 
 
 def test_the_listener_looks_by_itself_and_goes_on_after_a_loss_of_its_connection(
