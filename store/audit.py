@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 
 from core.merkle import Edge
 from store.database import columns_of
-from store.prepared import Prepared
+from store.prepared import Prepared, Question
 from store.tables import AuditEntry, AuditHead, Tenant
 
 _HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "request_id", "address", "detail")
@@ -26,7 +26,7 @@ _INSERT_AUDIT_ENTRIES = Prepared(sa.insert(AuditEntry))
 _AUDIT_HEAD = sa.select(AuditHead.number, AuditHead.hash, AuditHead.edge).where(
     AuditHead.tenant_id == sa.bindparam("of_tenant")
 )
-_LOCK_AUDIT_HEAD = _AUDIT_HEAD.with_for_update()
+_LOCK_AUDIT_HEAD = Question(_AUDIT_HEAD.with_for_update())
 _MOVE_AUDIT_HEAD = Prepared(
     sa.update(AuditHead)
     .where(AuditHead.tenant_id == sa.bindparam("of_tenant"))
@@ -149,7 +149,10 @@ def audit_numbers(tx: Connection) -> dict[str, int]:
 
 def lock_audit_head(tx: Connection, tenant_id: str) -> Head:
     """Return the head of the record, and let nobody else add an entry until the transaction ends."""
-    return Head(*tx.execute(_LOCK_AUDIT_HEAD, {"of_tenant": tenant_id}).one())
+    row = _LOCK_AUDIT_HEAD.within(tx, {"of_tenant": tenant_id})
+    if row is None:
+        raise LookupError(f"the tenant {tenant_id} has no audit record")
+    return Head(*row)
 
 
 def lock_audit_heads(tx: Connection, tenant_ids: Iterable[str]) -> None:

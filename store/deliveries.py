@@ -155,7 +155,7 @@ class Spent:
     kept: bool
 
 
-_LOCK_DELIVERY = sa.select(Delivery.bundle).where(Delivery.id == sa.bindparam("wanted")).with_for_update()
+_LOCK_DELIVERY = Question(sa.select(Delivery.bundle).where(Delivery.id == sa.bindparam("wanted")).with_for_update())
 _SPEND = Prepared(
     sa.update(Delivery)
     .where(Delivery.id == sa.bindparam("wanted"))
@@ -179,7 +179,8 @@ def spend_delivery(
     ``get_delivery`` does.
     """
     # The row is locked before it is read, so that of several fetches at once only one finds the bundle.
-    bundle: bytes | None = tx.execute(_LOCK_DELIVERY, {"wanted": delivery_id}).scalar_one_or_none()
+    locked = _LOCK_DELIVERY.within(tx, {"wanted": delivery_id})
+    bundle: bytes | None = None if locked is None else locked[0]
     record = get_delivery(tx, delivery_id, now=now, key_hash=key_hash)
     if bundle is None:
         kept = sa.select(KeptBundle.sealed_bundle).where(KeptBundle.delivery_id == delivery_id)

@@ -83,24 +83,34 @@ class Question:
 
     def within(self, tx: Connection, values: Values) -> Sequence[Any] | None:
         """Ask in a transaction."""
-        return tx.execute(self._query, values).one_or_none()
+        if tx.dialect.name != "sqlite":
+            return tx.execute(self._query, values).one_or_none()
+        text, converts = self._prepared_for(tx.dialect)
+        return _converted(tx.exec_driver_sql(text.text, text.of(values)).one_or_none(), converts)
 
     def by_sqlite(self, driver: DBAPIConnection, dialect: Dialect, values: Values) -> Sequence[Any] | None:
         """Ask SQLite's driver; raises its errors."""
-        if self._prepared is None:
-            text = _text_of(self._query.compile(dialect=dialect), dialect, {})
-            types = [column.type.dialect_impl(dialect) for column in self._query.selected_columns]
-            self._prepared = text, [kind.result_processor(dialect, None) for kind in types]
-        text, converts = self._prepared
+        text, converts = self._prepared_for(dialect)
         cursor = driver.cursor()
         try:
             cursor.execute(text.text, text.of(values))
             row = cursor.fetchone()
         finally:
             cursor.close()
-        if row is None:
-            return None
-        return [value if to is None else to(value) for value, to in zip(row, converts, strict=True)]
+        return _converted(row, converts)
+
+    def _prepared_for(self, dialect: Dialect) -> tuple[_Text, Sequence[_Convert | None]]:
+        if self._prepared is None:
+            text = _text_of(self._query.compile(dialect=dialect), dialect, {})
+            types = [column.type.dialect_impl(dialect) for column in self._query.selected_columns]
+            self._prepared = text, [kind.result_processor(dialect, None) for kind in types]
+        return self._prepared
+
+
+def _converted(row: Sequence[Any] | None, converts: Sequence[_Convert | None]) -> Sequence[Any] | None:
+    if row is None:
+        return None
+    return [value if to is None else to(value) for value, to in zip(row, converts, strict=True)]
 
 
 def _text_of(compiled: Any, dialect: Dialect, defaults: Values) -> _Text:

@@ -49,6 +49,16 @@ class _Found:
     seal: credential_delivery.AnswerSeal | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Spending:
+    """A fetch: who fetches, what the link leads to, the bundle ``made`` of that, and the format that was asked for."""
+
+    actor: Actor
+    found: _Found
+    made: bytes | None = field(repr=False)
+    bundle_format: BundleFormat | None
+
+
 @dataclass(eq=False, repr=False)
 class Deliveries:
     """The bundles behind the signed links."""
@@ -106,9 +116,8 @@ class Deliveries:
         with self._database.preparing():
             # Before the transaction, in which others would wait; of several fetches at once one releases what it made.
             made = self._make(found, chosen)
-            spent = self._database.write(
-                lambda tx: self._spend(tx, actor, found, made, bundle_format), sees=record.tenant_id
-            )
+            spending = _Spending(actor, found, made, bundle_format)
+            spent = self._database.write_together(self._spend_all, spending, sees=record.tenant_id)
         failpoint("deliver.after_commit")
         return DeliveredBundle(record.id, record.device_id, spent.content, BundleFormat(spent.format))
 
@@ -132,19 +141,28 @@ class Deliveries:
             now=self._clock(),
         )
 
-    def _spend(
-        self, tx: Connection, actor: Actor, found: _Found, made: bytes | None, bundle_format: BundleFormat | None
-    ) -> deliveries.Spent:
-        now, record, seal = self._clock(), found.record, found.seal
+    def _spend_all(self, tx: Connection, spending: Sequence[_Spending]) -> Sequence[deliveries.Spent]:
+        """Spend what several clients fetch, with one addition to the audit record of each tenant."""
+        now, acts = self._clock(), list[audit.Act]()
+        spent = [self._spend(tx, one, acts, now) for one in spending]
+        for tenant_id in sorted({actor.tenant_id for actor, *_ in acts}):
+            audit.record_all(tx, [act for act in acts if act[0].tenant_id == tenant_id], at=now)
+        failpoint("deliver.before_commit")
+        return spent
+
+    def _spend(self, tx: Connection, spending: _Spending, acts: list[audit.Act], now: datetime) -> deliveries.Spent:
+        """Spend a link, and add to the ``acts`` that are to be recorded."""
+        actor, found, bundle_format = spending.actor, spending.found, spending.bundle_format
+        record, seal = found.record, found.seal
         kind, device, key_hash = record.kind, f"{record.kind}:{record.device_id}", seal.key_hash if seal else None
         spent = deliveries.spend_delivery(tx, record.id, now=now, bundle_format=bundle_format, key_hash=key_hash)
         if spent.kept and seal is not None:
             if bundle_format not in (None, spent.format):  # another fetch with this key was quicker
                 raise StateConflict(_fixed(spent.format))
             events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, kind=kind, at=now, repeated=True)
-            audit.record(tx, actor, "bundle:repeat", device, at=now, delivery=record.id)
+            acts.append((actor, "bundle:repeat", device, {"delivery": record.id}))
             return dataclasses.replace(spent, content=seal.open(spent.content))
-        content = made if record.sealed else spent.content
+        content = spending.made if record.sealed else spent.content
         if content is None:  # what is sealed is never handed out
             raise LinkUnknown("This download link is not known here; check that it was copied whole.")
         if seal is not None and self._settings.link_grace:
@@ -158,9 +176,7 @@ class Deliveries:
                 until=now + timedelta(seconds=self._settings.link_grace),
             )
         events.record(tx, actor.tenant_id, EventType.DELIVERED, record.device_id, kind=kind, at=now)
-        acts = [(actor, action, device, {"delivery": record.id}) for action in ("bundle:fetch", "bundle:deliver")]
-        audit.record_all(tx, acts, at=now)
-        failpoint("deliver.before_commit")
+        acts += [(actor, action, device, {"delivery": record.id}) for action in ("bundle:fetch", "bundle:deliver")]
         return dataclasses.replace(spent, content=content)
 
 

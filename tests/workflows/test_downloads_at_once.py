@@ -1,0 +1,88 @@
+"""Downloads that wait for each other are written together, and each is what it would have been alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import pyzipper
+import sqlalchemy as sa
+
+from config import Settings
+from core.errors import LinkUsed
+from operations.wiring import Portal, open_portal
+from store import audit
+from tests.support import waiting
+from tests.support.harness import ON_SQLITE, Clock
+from tests.workflows.test_registrations_at_once import PUMP, operator
+from workflows.delivery import DeliveredBundle
+from workflows.registration import Registered
+
+pytestmark = ON_SQLITE  # whose writers take turns
+
+
+@pytest.fixture
+def portal(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Portal]:
+    waiting.announce(monkeypatch)
+    built = open_portal(make_settings(PORTAL_BROKER_CONTROL="files", PORTAL_ACL_STYLE="pattern"), clock)
+    yield built
+    built.close()
+
+
+def registered(portal: Portal, count: int) -> list[Registered]:
+    return [portal.registrations.register(operator(number), PUMP) for number in range(count)]
+
+
+def fetch(portal: Portal, number: int, one: Registered) -> Callable[[], DeliveredBundle]:
+    assert one.download_url is not None
+    return partial(portal.deliveries.deliver, operator(number), one.download_url.rpartition("/")[2])
+
+
+def at_once(portal: Portal, calls: Sequence[Callable[[], DeliveredBundle]]) -> list[Future[DeliveredBundle]]:
+    """Let all of them wait for the turn to write, in this order; return what became of each."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        with waiting.while_writing(portal.database):
+            futures = []
+            for call in calls:
+                futures.append(pool.submit(call))
+                assert waiting.one_more(), "it does not wait to share a transaction"
+        return futures
+
+
+def test_all_that_wait_are_recorded_by_one_statement_and_have_their_own_bundles(portal: Portal) -> None:
+    devices = registered(portal, 3)
+    counted: list[int] = []
+
+    def count(_c: object, _u: object, statement: str, parameters: Sequence[object], _x: object, many: bool) -> None:
+        if statement.startswith("INSERT INTO audit_entries"):
+            counted.append(len(parameters) if many else 1)
+
+    sa.event.listen(portal.database.engine, "before_cursor_execute", count)
+    futures = at_once(portal, [fetch(portal, number, one) for number, one in enumerate(devices)])
+    assert counted == [6]
+    for one, future in zip(devices, futures, strict=True):
+        bundle = future.result()
+        assert bundle.device_id == one.device_id
+        with pyzipper.AESZipFile(io.BytesIO(bundle.content)) as archive:
+            archive.setpassword(str(one.bundle_password).encode())
+            assert b"PRIVATE KEY" in archive.read("device.key")
+    entries = portal.operators.audit("default", limit=6, before=None, filters={})[0]
+    assert [(entry.action, entry.object, entry.actor) for entry in reversed(entries)] == [
+        (action, f"device:{one.device_id}", f"operator {number}")
+        for number, one in enumerate(devices)
+        for action in ("bundle:fetch", "bundle:deliver")
+    ]
+    with portal.database.snapshot() as tx:
+        assert audit.verify(tx, "default").problem is None
+
+
+def test_of_two_with_one_link_the_first_has_the_bundle_and_the_others_have_theirs(portal: Portal) -> None:
+    first, other = registered(portal, 2)
+    calls = [fetch(portal, 0, first), fetch(portal, 1, first), fetch(portal, 2, other)]
+    errors = [future.exception() for future in at_once(portal, calls)]
+    assert [type(error) for error in errors] == [type(None), LinkUsed, type(None)]
+    entries = portal.operators.audit("default", limit=10, before=None, filters={"action": "bundle:deliver"})[0]
+    assert {entry.object for entry in entries} == {f"device:{one.device_id}" for one in (first, other)}
