@@ -143,7 +143,8 @@ def enter(database: Database, name: str, secrets_hash: str | None) -> NodeRecord
 
     The first data folder of an installation becomes its first node. The folder of the only node may have been moved:
     another one with the same secrets takes its place, unless a portal works on the old one. ``secrets_hash`` is
-    ``None`` for a folder that has no secrets yet. Raises ``DatabaseInUse`` for any other folder.
+    ``None`` for a folder that lacks any of its secrets: the first or only node enters once they were made, and nothing
+    is returned before. Raises ``DatabaseInUse`` for any other folder.
     """
     if database.is_sqlite:
         return None
@@ -162,7 +163,10 @@ def enter(database: Database, name: str, secrets_hash: str | None) -> NodeRecord
                     f"The secrets of {database.folder} are not those of the other nodes; restore its folder secrets, or"
                     f" remove it by: {server_command(f'nodes --remove {mine.name}')}, and let an empty folder join."
                 )
-            tx.execute(sa.update(Node).where(Node.id == mine.id).values(secrets_hash=secrets_hash))
+            if secrets_hash is None:
+                mine = None
+            else:
+                tx.execute(sa.update(Node).where(Node.id == mine.id).values(secrets_hash=secrets_hash))
     if mine is not None:
         for engine in (database.engine, database.locks.engine):
             if engine is not None:

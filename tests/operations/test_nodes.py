@@ -149,6 +149,18 @@ def test_a_node_whose_secrets_differ_from_the_others_is_refused(tmp_path: Path, 
             pass
 
 
+def test_the_only_node_makes_a_secret_anew_that_its_folder_has_lost(tmp_path: Path, url: str) -> None:
+    first = node(tmp_path, url, "first")
+    with running(first) as portal:
+        before = portal.node
+    (first.secrets_dir / "link-keys").unlink()
+    with running(first) as portal, portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        (after,) = store_nodes.list_nodes(tx)
+    assert before is not None
+    assert (after.id, after.name) == (before.id, before.name)
+    assert after.secrets_hash == nodes.hash_of_secrets(first) != before.secrets_hash
+
+
 def test_the_folder_of_the_only_node_can_be_moved_and_the_old_one_is_refused_then(tmp_path: Path, url: str) -> None:
     first = node(tmp_path, url, "first")
     with running(first) as portal:
