@@ -16,6 +16,7 @@ from flask import Flask
 
 from app import create_app, portal_of
 from config import Settings
+from core.pkcs11_uri import TokenUri
 from core.roles import Role
 from operations.wiring import Portal, open_portal
 from tests.support.databases import POSTGRES_URL, DatabaseCopies, create_database, running_url_of, url_of
@@ -23,6 +24,7 @@ from tests.support.harness import Api, Clock, api_as, copy_with_groups, derived_
 from tests.support.made_once import made_once
 from tests.support.mosquitto import short_folder
 from tests.support.token_fixtures import make_ca_key, soft_tokens, token_server
+from tests.support.tokens import SoftTokens
 
 # Imported here alone: each import of a session's fixture makes another one of it.
 __all__ = ["make_ca_key", "soft_tokens", "token_server"]
@@ -102,11 +104,17 @@ def key_store(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture(scope="session")
+def _one_token(soft_tokens: SoftTokens) -> TokenUri:
+    """The one token: this fixture has no parameter, so that pytest does not end it when those of a test change."""
+    return soft_tokens.create()
+
+
+@pytest.fixture(scope="session")
 def ca_keys(request: pytest.FixtureRequest, key_store: str | None) -> Callable[[], dict[str, str]]:
     """Returns the environment of one more portal with its CA keys there; in the one token, labels begin by its own."""
     if key_store is None:
         return dict
-    uri = request.getfixturevalue("soft_tokens").create()
+    uri: TokenUri = request.getfixturevalue("_one_token")
     return lambda: {"PORTAL_CA_KEYS": str(replace(uri, object=secrets.token_hex(8))), "PORTAL_TOKEN_TIMEOUT": "60"}
 
 
