@@ -99,11 +99,14 @@ def copy_with_groups(source: Path, target: Path) -> None:
 
 
 def state_of(portal: Portal) -> dict[str, object]:
-    """All that a portal keeps, but for the audit record: what a request that is refused must leave as it was."""
+    """All that a portal keeps, but for the audit record: what a request that is refused must leave as it was.
+
+    Attempts with wrong tokens are counted, of several nodes in the table ``pages``.
+    """
     state: dict[str, object] = {}
     with portal.database.snapshot() as tx:
         for table in METADATA.sorted_tables:
-            if not table.name.startswith("audit_"):
+            if not table.name.startswith(("audit_", "pages")):
                 state[table.name] = sorted(repr(tuple(row)) for row in tx.execute(sa.select(table)))
     for path in portal.settings.data_dir.rglob("*"):
         if path.is_file() and not path.name.startswith(("portal.db", "attempts", ".served")) and path.suffix != ".lock":

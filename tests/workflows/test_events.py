@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+import db
 from operations.wiring import SUBSCRIBED, Portal
 from store.tables import Webhook, WebhookDelivery
 from tests.workflows.test_registration import OPERATOR, PUMP, token_of
@@ -72,6 +73,7 @@ def test_where_the_change_is_undone_there_is_no_event(portal: Portal, monkeypatc
 
 def test_with_no_subscription_nothing_is_asked_of_the_database(portal: Portal) -> None:
     with portal.database.transaction() as tx:
+        db.next_generation(tx, at=NOW)  # by which nodes learn in one statement whether somebody has subscribed
         statements: list[str] = []
         sa.event.listen(tx, "before_execute", lambda *_: statements.append("one"))
         events.record(tx, "default", EventType.REGISTERED, DEVICE, at=NOW)

@@ -66,7 +66,8 @@ def cost(portal: Portal, actor: Actor, monkeypatch: pytest.MonkeyPatch) -> tuple
         device_id = portal.registrations.register(actor, request_of(1, csr=True)).device_id
         assert portal.revocations.revoke(actor, device_id, "key_compromise").enforced
         portal.reconciler.crls.publish()
-    return [re.sub(r"\s+", " ", statement) for statement in asked], signed
+    # The steps of a revocation are kept of one that takes long.
+    return [re.sub(r"\s+", " ", one) for one in asked if "enforcement_steps" not in one], signed
 
 
 @pytest.mark.long
