@@ -48,6 +48,7 @@ _NO_SYN = array.array(
     + struct.pack("HBBI", 0x06, 0, 0, 0)  # drop the packet
     + struct.pack("HBBI", 0x06, 0, 0, 0xFFFF),  # else pass it on
 )
+JOINED_BYTES = 1 << 14  # of a body that is sent with its head: a longer one is several records of TLS in any case
 HANDSHAKE_SECONDS = 0.2  # in which a TCP handshake that has begun is over, unless the client is far away
 
 _END = b"-----END CERTIFICATE-----"
@@ -215,6 +216,34 @@ class ClientSocket(ssl.SSLSocket):
     slow_clients: SlowClients
     lingering: Lingering
     has_ended = False
+    _holds_head = False
+    _head = b""
+
+    def hold_head(self) -> None:
+        """Send what comes next, the head of an answer, together with what follows it.
+
+        gunicorn sends the two one after the other: each is encrypted by itself, and wakes the client.
+        """
+        self._holds_head = True
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all, or keep it until there is more."""
+        if self._holds_head:
+            self._holds_head, self._head = False, bytes(data)
+            return
+        if self._head:
+            head, self._head = self._head, b""
+            if len(data) > JOINED_BYTES:
+                super().sendall(head, flags)
+            else:
+                data = head + data
+        super().sendall(data, flags)
+
+    def send_head(self) -> None:
+        """Send what is kept, as of an answer that has no body after all."""
+        self._holds_head = False
+        if self._head:
+            self.sendall(b"")
 
     def setblocking(self, flag: bool) -> None:
         """Begin to count the time of a request: gunicorn calls this before it reads one."""

@@ -28,7 +28,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from config import Settings
 from core.errors import PortalError, StartupError
 from core.setting_values import Address
-from web.listeners import RequestBody, ServerTls, allow_open_files, listen, listen_again, stop_listening
+from web.listeners import ClientSocket, RequestBody, ServerTls, allow_open_files, listen, listen_again, stop_listening
 from web.slow_clients import MAX_LINGERING, Lingering, SlowClients
 
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops
@@ -323,16 +323,20 @@ class _Gunicorn(BaseApplication):
     def _call(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         environ["portal.listener"] = self._listener
         environ["wsgi.input"] = body = RequestBody(environ, lambda: bool(self._worker.alive))
-        of_gunicorn = self._under_way.request
+        of_gunicorn, client = self._under_way.request, environ["gunicorn.socket"]
         if environ["gunicorn.socket"].family == socket.AF_UNIX:  # whose other end is the front server, and trusted
             environ["REMOTE_ADDR"] = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
             environ["wsgi.url_scheme"] = "https"
 
         def begin(status: str, headers: list[tuple[str, str]], *failed: Any) -> Any:
             # gunicorn would wait for the rest of a body in this thread. One that is still read has no length yet.
-            is_whole = status[:3] in ("204", "304") or any(name.lower() == "content-length" for name, _ in headers)
-            if is_whole and not body.discard():
+            has_no_body = status[:3] in ("204", "304")
+            length = next((value for name, value in headers if name.lower() == "content-length"), None)
+            if (has_no_body or length is not None) and not body.discard():
                 of_gunicorn.force_close()
+            has_no_body |= length in (None, "0") or environ["REQUEST_METHOD"] == "HEAD"
+            if isinstance(client, ClientSocket) and not has_no_body:
+                client.hold_head()
             return start_response(status, headers, *failed)
 
         return self._app(environ, begin)
@@ -411,6 +415,9 @@ class _Gunicorn(BaseApplication):
         It would in the thread that all requests come through. Connections with TLS see to it themselves.
         """
         client = environ.get("gunicorn.socket")
+        if isinstance(client, ClientSocket):
+            with contextlib.suppress(OSError):  # it has gone away
+                client.send_head()
         if response is not None and response.should_close() and type(client) is socket.socket:
             self._lingering.take_over(client)
 

@@ -41,6 +41,9 @@ def answer(environ: dict[str, Any], start_response: StartResponse) -> Iterable[b
     body = environ["wsgi.input"].read()
     if path == "/fail":
         raise RuntimeError("The secret of the application.")
+    if path == "/nothing":
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "5")])
+        return []
     if path == "/pieces":
         start_response("200 OK", [("Content-Type", "text/plain")])
         return pieces()

@@ -89,6 +89,21 @@ def test_a_long_response_arrives_whole(server: Server) -> None:
         assert facts(client)["path"] == "/after"
 
 
+def test_the_head_of_an_answer_is_sent_with_its_body_as_one_record(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(request("/one"))
+        record = client.recv(1 << 16)  # which returns one at most
+        head, _, body = record.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert json.loads(body)["path"] == "/one"
+
+
+def test_an_answer_that_is_shorter_than_said_is_sent_nevertheless(server: Server) -> None:
+    with server.tls() as client:
+        client.sendall(request("/nothing"))
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
 def test_an_error_of_the_application_tells_the_client_nothing(server: Server) -> None:
     with server.tls() as client:
         client.sendall(request("/fail"))
