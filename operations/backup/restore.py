@@ -21,6 +21,7 @@ from core.broker_control import RECORD_FILE
 from core.errors import BackupRefused, CaKeyUnavailable, PortalError, TokenUnavailable
 from core.failpoints import failpoint
 from core.files import fsync_directory
+from core.states import BrokerKind
 from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup import ca_keys
@@ -346,10 +347,17 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Restore
 
 
 def _advance(tx: Connection, plan: _Plan, replaced: Tables | None) -> int:
-    """Advance the generation beyond any that the broker has had, and return it."""
+    """Advance the generation beyond any that a broker has had, and return it.
+
+    What brokers elsewhere have had is not known. It is fewer than milliseconds have passed since 1970: one that is told
+    of fewer than it had refuses them, as it would those of a database that was put back by mistake.
+    """
     recorded = GuardFiles(plan.settings, lambda: plan.now).installed_generation() or 0
     before = max((row["generation"] for row in replaced("broker_state")), default=0) if replaced else 0
-    generation = max(recorded + 1, before + 1, db.next_generation(tx, at=plan.now))
+    known = brokers.list_brokers(tx)
+    has_others = len(known) > 1 or any(broker.kind is BrokerKind.AGENT for broker in known)
+    elsewhere = int(plan.now.timestamp() * 1000) if has_others else 0
+    generation = max(recorded + 1, before + 1, elsewhere, db.next_generation(tx, at=plan.now))
     tx.execute(sa.update(BrokerState).values(generation=generation))
     agents.begin_again(tx)
     brokers.forget_proofs_of_agents(tx, at=plan.now)

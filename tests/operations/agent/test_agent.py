@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -26,6 +27,7 @@ from operations.agent.agent import Agent
 from operations.agent.folder import AgentFolder, State, settings_of, utc_seconds
 from operations.agent.presence import AgentPresence
 from operations.wiring import Portal
+from store import agents as store_agents
 from store import brokers, generations
 from store.agents import AgentRecord, Given
 from store.scope import ALL_TENANTS
@@ -390,3 +392,35 @@ def test_what_an_agent_keeps_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert folder.state() == state
     (tmp_path / "state.json").write_text("{")
     assert folder.state() == State()
+
+
+def test_an_older_database_is_not_believed_until_a_restore_has_said_that_it_is_meant(
+    portal: Portal, place: Place, guard: GuardStub
+) -> None:
+    device, denied = register(portal), register(portal, 2)
+    agent = place.agent()
+    portal.revocations.revoke(OPERATOR, denied, "unspecified")
+    while agent.follow(0):
+        pass
+    set_back(portal, 3)
+    with pytest.raises(ProjectionInvalid, match="the database is older than they are"):
+        agent.follow(0)
+    assert applied(portal) == 0
+    assert read_access(place.journal)[denied] == f"deny {denied}"
+    set_back(portal, int(portal.clock().timestamp() * 1000))
+    again = place.agent()
+    while again.follow(0):
+        pass
+    again.look()
+    assert read_access(place.journal)[device] == f"allow {device}"
+    assert applied(portal) == again.state.mark.generation == newest(portal)
+
+
+def set_back(portal: Portal, generation: int) -> None:
+    """Have the database as if it had been put back, with this generation."""
+    with portal.database.transaction(sees=ALL_TENANTS) as tx:
+        told = {"generation": generation}
+        tx.execute(sa.text("UPDATE broker_state SET generation = :generation, applied_generation = 0"), told)
+        tx.execute(sa.text("UPDATE devices SET generation = 3 WHERE generation > 3"))
+        store_agents.begin_again(tx)
+        brokers.forget_proofs_of_agents(tx, at=portal.clock())

@@ -31,7 +31,7 @@ from core.errors import (
 )
 from core.files import replace_file
 from core.roles import Role
-from core.states import Approval, DeviceStatus, RepeatedSerial
+from core.states import Approval, BrokerKind, DeviceStatus, RepeatedSerial
 from operations import data_folder
 from operations.backup.archive import MANIFEST, Backup
 from operations.backup.revocations import RevocationReplay
@@ -39,9 +39,10 @@ from operations.owner_tokens import first_token
 from operations.wiring import open_portal, prepare
 from pki.encoding import pem
 from pki.issuers import CLOCK_SKEW
-from store import audit, enrolment, generations, schema, tenants
+from store import audit, brokers, enrolment, generations, schema, tenants
 from store import copy as store_copy
 from store.enrolment import EnrolmentProfile
+from store.scope import ALL_TENANTS
 from store.tables import Certificate, Delivery
 from tests.support.backups import (
     Story,
@@ -136,6 +137,19 @@ def test_a_backup_moves_a_portal_to_any_database(
         with portal.database.snapshot() as tx:
             assert audit.verify(tx, "default").problem is None
         assert listed(elsewhere)[gone.serial_number]
+
+
+def test_brokers_elsewhere_are_told_of_more_generations_than_any_was_told_before(
+    settings: Settings, elsewhere: Settings, file: Path, clock: Clock
+) -> None:
+    with opened(settings, clock) as portal, portal.database.transaction(sees=ALL_TENANTS) as tx:
+        brokers.add_broker(tx, "edge", BrokerKind.AGENT, at=clock(), joined=True)
+    copied(settings, file, clock)
+    bring_passphrase(settings, elsewhere)
+    started = clock()
+    put_back(elsewhere, file, clock, replace=False)
+    with opened(elsewhere, clock) as portal, portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        assert generations.get_broker_state(tx).generation >= int(started.timestamp() * 1000)
 
 
 def test_the_data_folder_of_another_portal_becomes_the_copys(
