@@ -8,6 +8,7 @@ import re
 import socket
 import ssl
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -18,10 +19,22 @@ from cryptography import x509
 
 from broker.folder import CA_FILE, SERVER_CERTIFICATE_FILE
 from broker.probe import Probe, connect
+from broker.rabbitmq.probe import NodeProbe
 from config import Settings
+from core.broker_control import ControlKind
 from core.errors import PortalError
 from core.setting_values import Address, is_loopback
-from operations.doctor.base import SECONDS, Finding, Installation, certificate_of, problem, warning, well
+from operations.doctor.base import (
+    SECONDS,
+    Finding,
+    Findings,
+    Installation,
+    certificate_of,
+    combine,
+    problem,
+    warning,
+    well,
+)
 from operations.outside_certificates import broker_certificate, https_certificate
 
 _MAX_BYTES = 64 << 20  # a CRL of a million entries has about 40 MB
@@ -137,17 +150,24 @@ def certificate_of_broker(installation: Installation) -> Finding:
 
 
 def probe(installation: Installation) -> Finding:
-    """Check that the broker refuses the revoked probe certificate and accepts the good one."""
-    settings = installation.settings
+    """Check that the broker refuses the revoked probe certificate and accepts the good one; of a cluster each node."""
+    settings, found = installation.settings, Findings()
+    until = time.monotonic() + max(SECONDS, settings.enforce_timeout)
+    alerts = dict[int, None]()
+    for one in _probes(settings):
+        try:
+            alerts[one.run(installation.probe_certificates, until).revoked_alert] = None
+        except PortalError as error:
+            found.problem(error.detail, "Start the broker, or correct its configuration and restart it.")
+    shown = ", ".join(map(str, alerts))
+    return combine(found, f"The broker refuses a revoked certificate with TLS alert {shown}, and accepts a good one.")
+
+
+def _probes(settings: Settings) -> Sequence[Probe]:
+    if settings.broker_control is ControlKind.RABBITMQ:
+        return [NodeProbe(node, settings) for node in settings.rabbitmq_nodes]
     ca_file, further = settings.broker_file(CA_FILE), settings.probe_ca_files
-    prober = Probe(settings.mqtt_host, settings.probe_addresses, ca_file, further)
-    try:
-        result = prober.run(installation.probe_certificates, time.monotonic() + max(SECONDS, settings.enforce_timeout))
-    except PortalError as error:
-        return problem(error.detail, "Start the broker, or correct its configuration and restart it.")
-    return well(
-        f"The broker refuses a revoked certificate with TLS alert {result.revoked_alert}, and accepts a good one."
-    )
+    return [Probe(settings.mqtt_host, settings.probe_addresses, ca_file, further)]
 
 
 def https_date(installation: Installation) -> datetime:
