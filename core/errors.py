@@ -31,6 +31,7 @@
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
         PortalStopping  UploadsBusy  LockUnavailable  IssuerUnusable  TokenUnavailable
+          TokenKeyUnavailable
         DatabaseUnavailable
           DatabaseInUse
         BrokerUnavailable
@@ -464,6 +465,10 @@ class TokenUnavailable(Unavailable):
     """The token that holds a CA's key does not answer in time, has failed or is another one, or refuses its PIN."""
 
     code = "token_unavailable"
+
+
+class TokenKeyUnavailable(TokenUnavailable):
+    """The token does not have a key, or does not sign with it; it does so with others."""
 
 
 class ProjectionInvalid(PortalError):

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from core.errors import TokenUnavailable
+from core.errors import TokenKeyUnavailable, TokenUnavailable
 from core.pkcs11_uri import TOKEN_ATTRIBUTES, TokenUri
 
 log = logging.getLogger("portal.token")
@@ -101,6 +101,8 @@ class TokenClient:
     def ask(self, request: Facts, *, seconds: float | None = None) -> Facts:
         """Return the answer to a request; raises ``TokenUnavailable`` with what is wrong.
 
+        That is ``TokenKeyUnavailable`` if the token is of use for other keys.
+
         That takes as long as the time limit, or ``seconds``, at most: half of it may pass with requests before this.
         One that is not watched is given more time.
         """
@@ -120,7 +122,7 @@ class TokenClient:
         finally:
             self._lock.release()
         if "refused" in answer:  # for the key, which does not keep others from being used
-            raise TokenUnavailable(self._sentence(answer["refused"]))
+            raise TokenKeyUnavailable(self._sentence(answer["refused"]))
         return answer
 
     def _raise_problem(self) -> None:

@@ -16,7 +16,7 @@ from broker.crl import Trust
 from broker.probe import ProbeCertificate, ProbeCertificates
 from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core.errors import IssuerUnusable, PortalError, TokenUnavailable
+from core.errors import IssuerUnusable, PortalError, TokenKeyUnavailable, TokenUnavailable
 from core.failpoints import failpoint
 from core.files import FileLock
 from pki.encoding import PemOfSuccessors
@@ -195,7 +195,7 @@ class CrlPublication:
             return [
                 next_crl(tx, recorded.id, issuer, previous, self._revoked, days=days, generation=generation, now=now)
             ]
-        except IssuerUnusable as error:
+        except (IssuerUnusable, TokenKeyUnavailable) as error:
             if recorded.tenant_id == self._first_tenant:
                 raise
             log.error("a CRL is not signed", extra={"issuer": issuer.name, "problem": error.detail})

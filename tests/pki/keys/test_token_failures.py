@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from core.errors import CaKeyUnavailable, TokenUnavailable
+from core.errors import CaKeyUnavailable, TokenKeyUnavailable, TokenUnavailable
 from core.pkcs11_uri import TokenUri
 from pki.algorithms import KeyType, PrivateKey
 from pki.keys import token_client
@@ -501,7 +501,7 @@ def test_a_key_that_was_removed_is_missing_which_does_not_keep_others_from_signi
     for kind in ("privkey", "pubkey"):
         soft_tokens.tool(uri, "--delete-object", "--type", kind, "--label", "issuing-1")
     stores = open_stores(uri)
-    with pytest.raises(TokenUnavailable, match="does not have the key issuing-1"):
+    with pytest.raises(TokenKeyUnavailable, match="does not have the key issuing-1"):
         check_that_it_signs(stores.load("issuing-1"))
     assert is_back(stores)
     check_that_it_signs(stores.create("issuing-2", KeyType.EC_P256))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -11,17 +12,20 @@ from cryptography import x509
 import db
 from commands.bundle import open_bundle
 from config import Settings
-from core.errors import IssuerUnusable
+from core.errors import IssuerUnusable, TokenKeyUnavailable
 from core.states import IssuerStatus
 from operations.wiring import Portal, open_portal
 from pki.algorithms import PrivateKey
-from pki.issuers import COMMON_NAME_LIMIT
+from pki.issuers import COMMON_NAME_LIMIT, Issuer
 from store import audit, certificates, issuers, tenants
 from store.audit import Actor
+from store.issuers import CrlRecord
 from tests.support.harness import ON_SQLITE, Clock, key_path
 from tests.support.tenants import add_issuer, add_tenant
 from tests.workflows.authority.test_crls import statements
 from tests.workflows.test_admission import OPERATOR, request_of
+from workflows.authority import crl_publication
+from workflows.authority.crls import next_crl
 from workflows.authority.issuers import RecordedIssuer
 from workflows.authority.names import common_name, is_issuing_name, issuing_name, root_names
 from workflows.registration import Registered
@@ -228,6 +232,32 @@ def test_a_lost_key_of_one_tenant_is_reported_and_stops_no_other(
         assert path.read_text().count("-----BEGIN") == count, "the CA without a current CRL is left out"
     assert portal.broker.files.damage() == []
     portal.close()
+
+
+@ON_SQLITE
+def test_a_key_that_its_token_has_lost_stops_the_crl_of_no_other_tenant_but_the_first_ones_does(
+    portal: Portal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tenant_id in ("acme", "globex"):
+        add_tenant(portal, tenant_id)
+    with portal.database.transaction() as tx:
+        generation = db.next_generation(tx, at=portal.clock())
+        for issuer in portal.authority.with_crl():
+            issuers.touch_issuer(tx, issuer.id, generation=generation)
+    lost = set[str]()
+
+    def signs(tx: Any, issuer_id: int, issuer: Issuer, *arguments: Any, **options: Any) -> CrlRecord:
+        if issuer.name in lost:
+            raise TokenKeyUnavailable(f"The token does not have the key {issuer.name}.")
+        return next_crl(tx, issuer_id, issuer, *arguments, **options)
+
+    monkeypatch.setattr(crl_publication, "next_crl", signs)
+    lost |= {"issuing-1"}
+    with pytest.raises(TokenKeyUnavailable):
+        portal.reconciler.crls.sign_due()
+    lost ^= {"issuing-1", "acme-issuing-1"}
+    signed = {portal.authority.current.by_id[crl.issuer_id].issuer.name for crl in portal.reconciler.crls.sign_due()[1]}
+    assert signed == {"issuing-1", "globex-issuing-1"}
 
 
 @ON_SQLITE
