@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
@@ -21,6 +22,7 @@ from pki.algorithms import PrivateKey, public_key_der
 from pki.keys.contract import check_that_it_signs
 from pki.keys.files import create_private_file, passphrase
 from pki.keys.stores import KeyStores
+from store.tables import DEFAULT_TENANT
 
 FILES = ("*.key.pem", "*.token.json")  # what says which key is where, in the CA folder
 _FILE, _RECORD = (pattern.removeprefix("*") for pattern in FILES)
@@ -69,18 +71,34 @@ def sealing_key(backup: Backup, settings: Settings, stack: contextlib.ExitStack)
     )
 
 
-def check_keys(backup: Backup, settings: Settings, files: Mapping[str, bytes]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class CheckedKeys:
+    """What is to be known of keys in tokens; ``refusals`` are why those of a tenant beside the first cannot be used."""
+
+    notes: Sequence[str] = ()  # the root's token may be away
+    refusals: Mapping[str, CaKeyUnavailable] = field(default_factory=dict)
+
+    def of_removed(self, removed: Collection[str]) -> list[str]:
+        """Return notes about removed tenants, whose keys may be destroyed; raise the refusal of any other one."""
+        for tenant_id, refusal in self.refusals.items():
+            if tenant_id not in removed:
+                raise refusal
+        return [f"The tenant {name} stays removed, and its CAs cannot sign: a key is lost." for name in self.refusals]
+
+
+def check_keys(backup: Backup, settings: Settings, files: Mapping[str, bytes]) -> CheckedKeys:
     """See that each key that will be in a token signs, and belongs to its certificate in the backup.
 
-    ``files`` are those of the CA folder as it will be. Returns notes: the root's token may be away. Raise
-    ``CaKeyUnavailable`` with what to do.
+    ``files`` are those of the CA folder as it will be. Raise ``CaKeyUnavailable`` with what to do if that is not so of
+    a key of the first tenant: which of the others stay removed is not known yet.
     """
     recorded = {name.removesuffix(_RECORD) for name in files if name.endswith(_RECORD)}
     recorded = {name for name in recorded if f"{name}{_FILE}" not in files}
     issuers = [row for row in backup.rows("issuers") if row["name"] in recorded]
-    notes: list[str] = []
     if not issuers:
-        return notes
+        return CheckedKeys()
+    notes: list[str] = []
+    refusals: dict[str, CaKeyUnavailable] = {}
     with _staged(files) as folder, contextlib.closing(_stores(folder, settings)) as keys:
         for row in issuers:
             name, certificate = row["name"], x509.load_der_x509_certificate(row["der"])
@@ -89,10 +107,14 @@ def check_keys(backup: Backup, settings: Settings, files: Mapping[str, bytes]) -
                     raise CaKeyUnavailable(f"The key of {name} in the token does not belong to its certificate.")
                 keys.examine(name)
             except PortalError as error:
-                if row["kind"] != IssuerKind.ROOT or not isinstance(error, TokenUnavailable):
+                tenant_id = row["tenant_id"]
+                if row["kind"] == IssuerKind.ROOT and isinstance(error, TokenUnavailable):
+                    notes.append(f"The root's key is in a token that is not here, and was not tried: {error.detail}")
+                elif tenant_id == DEFAULT_TENANT:
                     raise _refusal(error) from error
-                notes.append(f"The root's key is in a token that is not here, and was not tried: {error.detail}")
-    return notes
+                else:
+                    refusals.setdefault(tenant_id, _refusal(error))
+    return CheckedKeys(notes, refusals)
 
 
 def _keys_in_files(backup: Backup, settings: Settings, name: str) -> Iterator[tuple[PrivateKey, bool]]:

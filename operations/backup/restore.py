@@ -26,6 +26,7 @@ from operations import data_folder
 from operations.backup import backup as backups
 from operations.backup import ca_keys
 from operations.backup.archive import Backup
+from operations.backup.ca_keys import CheckedKeys
 from operations.backup.common import (
     NOT_KNOWN,
     Restored,
@@ -47,7 +48,7 @@ from store import issuers as store_issuers
 from store.database import Database
 from store.quotas import recount_clients
 from store.tables import DEFAULT_TENANT, BrokerState, Device
-from store.tenants import tenant_ids
+from store.tenants import removed_tenants, tenant_ids
 from workflows.audit import CHECKPOINT_FILE, CHECKPOINT_FOLDER, KEY_FILE, KEY_FOLDER
 from workflows.authority.keys import open_keys
 from workflows.authority.names import FIRST_ISSUING
@@ -62,6 +63,7 @@ class _Plan:
     settings: Settings
     backup: Backup
     key: PrivateKey
+    keys: CheckedKeys
     same: bool  # whether it is also the key of the data folder
     puts: dict[Path, bytes]
     moves: list[tuple[Path, Path]]
@@ -93,11 +95,13 @@ def restore(
             crls = SavedCrls.read(settings.broker_file(CRL_FILE), crl_files)
             done = Restored(backup.manifest.made_at, dict(backup.manifest.counts))
             puts, moves = _files_to_place(backup, settings, same=same)
-            done.notes += ca_keys.check_keys(backup, settings, _keys_afterwards(settings, puts, moves))
+            keys = ca_keys.check_keys(backup, settings, _keys_afterwards(settings, puts, moves))
+            done.notes += keys.notes
             plan = _Plan(
                 settings=settings,
                 backup=backup,
                 key=key,
+                keys=keys,
                 same=same,
                 puts=puts,
                 moves=moves,
@@ -334,6 +338,7 @@ def _fill(tx: Connection, plan: _Plan, replaced: Tables | None, journal: Restore
     done.generation = _advance(tx, plan, replaced)
     revocations = RevocationReplay(tx, generation=done.generation, now=plan.now)
     revocations.keep(crls, replaced, plan.refused)
+    done.notes += plan.keys.of_removed({record.id for record in removed_tenants(tx)})
     recount_clients(tx)
     done.kept = revocations.kept
     done.older = [] if replaced is None else list(older_terms(tx, replaced, now=plan.now))

@@ -136,7 +136,7 @@ def _restore(plan: _Plan, database: Database, key: PrivateKey, *, replace: bool)
     in_folder = {path.name: path.read_bytes() for path in ca_keys.key_files(plan.settings.ca_dir)}
     afterwards = in_folder | {path.name: content for path, content in puts.items()}
     own = {name: content for name, content in afterwards.items() if _is_own(plan, name)}
-    plan.done.notes += ca_keys.check_keys(plan.backup, plan.settings, own)
+    plan.done.notes += ca_keys.check_keys(plan.backup, plan.settings, own).of_removed(())
     with journaled(plan.settings, None) as journal, contextlib.ExitStack() as stack:
         with database.snapshot() as tx:
             there = _there(plan, tx, replace=replace)

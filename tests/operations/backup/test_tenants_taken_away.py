@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from operations.wiring import Portal
 from store import audit, keys, tenants
 from store.audit import Actor
 from store.enrolment import add_factory_key
-from tests.support.backups import copied, lose_the_database, opened, put_back
+from tests.support.backups import copied, listed, lose_the_database, opened, put_back
 from tests.support.guard_stub import GuardStub
 from tests.support.harness import ON_SQLITE, Clock
 from tests.support.tenants import add_tenant
@@ -45,12 +46,20 @@ def add_acme(portal: Portal, clock: Clock) -> tuple[str, str]:
 
 def delete(portal: Portal, clock: Clock, settings: Settings) -> None:
     """Remove it and let its time of grace go by, with a broker, which must have been told before it goes."""
-    guard = GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE))
-    with guard, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(portal.broker, "probe", lambda *_arguments, **_options: None)
+    with told(portal, settings):
         portal.tenant_removals.remove(SYSTEM, "acme", "acme")
         clock.advance(days=settings.tenant_grace_days + 1)
         portal.tenant_removals.run()
+
+
+@contextlib.contextmanager
+def told(portal: Portal, settings: Settings) -> Iterator[None]:
+    """Have a broker that obeys."""
+    settings.broker_socket.unlink(missing_ok=True)  # of the one before
+    guard = GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE))
+    with guard, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portal.broker, "probe", lambda *_arguments, **_options: None)
+        yield
 
 
 def status_of(portal: Portal) -> TenantStatus:
@@ -109,9 +118,20 @@ def test_a_tenant_whose_rows_were_deleted_since_the_copy_stays_removed(
         device_id, secret = add_acme(portal, clock)
         copied(settings, file, clock)
         delete(portal, clock, settings)
-    assert "tenant acme, removed" in [kept.what for kept in put_back(settings, file, clock).kept]
+    done = put_back(settings, file, clock)
+    assert "tenant acme, removed" in [kept.what for kept in done.kept]
+    assert ("its CAs cannot sign" in " ".join(done.notes)) == bool(settings.ca_keys[0])
     with opened(settings, clock) as portal:
-        assert_ended(portal, device_id, secret)
+        with told(portal, settings):
+            device = portal.registrations.register(SYSTEM, PUMP)
+            assert portal.revocations.revoke(SYSTEM, device.device_id, "unspecified").enforced
+            portal.reconciler.crls.publish(at_once=True)
+            assert device.serial_number in listed(settings)
+            assert_ended(portal, device_id, secret)
+            clock.advance(days=settings.tenant_grace_days + 1)
+            portal.tenant_removals.run()
+        with portal.database.snapshot() as tx:
+            assert tenants.tenant_ids(tx) == ["default"]
 
 
 def test_another_tenant_that_has_the_name_by_now_does_not_bring_the_removed_one_back(
