@@ -53,7 +53,10 @@ OTHER_VARIABLES = frozenset(
         "PORTAL_FAILPOINT",
         "PORTAL_DEBUG",
         "PORTAL_SERVER_COMMAND",
+        "PORTAL_TEST_ALL",
         "PORTAL_TEST_POSTGRES_URL",
+        "PORTAL_TEST_RABBITMQ",
+        "PORTAL_TEST_SEED",
         "PORTAL_VENV",
     ]
 )

@@ -143,11 +143,17 @@ def edge(portal: Portal) -> Callable[[datetime], None]:
     return proves
 
 
+def wait_for_no_other(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a revocation wait for the portal's own broker alone, which is given all its time."""
+    others = portal.reconciler._others
+    wait = others.wait_for_all
+    monkeypatch.setattr(others, "wait_for_all", lambda generation, _deadline: wait(generation, 0.0))
+
+
 def test_a_step_is_proven_once_each_broker_that_counts_has_proven_it_which_is_its_time(
     portal: Portal, device_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patience = portal.settings.model_copy(update={"enforce_timeout": 0.05})
-    monkeypatch.setattr(portal.reconciler, "_settings", patience)
+    wait_for_no_other(portal, monkeypatch)
     proves = edge(portal)
     portal.revocations.revoke(OPERATOR, device_id, "unspecified")
     pending = shown(portal, device_id)
@@ -163,8 +169,7 @@ def test_a_step_is_proven_once_each_broker_that_counts_has_proven_it_which_is_it
 def test_a_broker_whose_steps_are_not_told_hides_those_of_the_others_until_it_enforces(
     portal: Portal, device_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patience = portal.settings.model_copy(update={"enforce_timeout": 0.05})
-    monkeypatch.setattr(portal.reconciler, "_settings", patience)
+    wait_for_no_other(portal, monkeypatch)
     with portal.database.transaction() as tx:
         agent = brokers.add_broker(tx, "agent", BrokerKind.AGENT, at=utc_now(), joined=True)
     portal.revocations.revoke(OPERATOR, device_id, "unspecified")

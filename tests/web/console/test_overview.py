@@ -10,7 +10,8 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 
-from app import portal_of
+from app import create_app, portal_of
+from config import Settings
 from core.roles import Role
 from store import overview as figures
 from tests.support.browser import Browser, logged_in_as, text_of
@@ -48,6 +49,15 @@ def test_what_is_wrong_is_said_and_what_is_pending_needs_somebody(api: Api, brow
     assert "The broker does not answer on its internal listener" in text_of(page)
     assert "Behind" in page
     assert any("1 revoked or suspended, not enforced yet" in text for text in to_do(page))
+
+
+def test_a_portal_without_a_broker_beside_it_speaks_of_those_elsewhere(make_settings: Callable[..., Settings]) -> None:
+    app = create_app(make_settings(PORTAL_BROKER_CONTROL="none"), background=False)
+    page = text_of(logged_in_as(app, Role.ADMIN).get("/ui").text)
+    assert "Brokers elsewhere" in page
+    assert "under files" not in page
+    assert "guard" not in page
+    portal_of(app).close()
 
 
 def test_what_happened_in_the_last_day_is_counted_and_no_older_thing(api: Api, browser: Browser, clock: Clock) -> None:
