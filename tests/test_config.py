@@ -15,6 +15,7 @@ from core.errors import SettingInvalid
 from core.given_settings import variable_of
 from core.pkcs11_uri import parse_token_uri
 from core.setting_values import Address
+from tests.support.programs import ROOT
 
 
 def test_the_defaults_are_those_of_the_docs(tmp_path: Path) -> None:
@@ -124,6 +125,13 @@ def test_a_bad_setting_is_refused_with_a_sentence(tmp_path: Path, name: str, val
     with pytest.raises(SettingInvalid, match=re.escape(said)) as caught:
         Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), name: value})
     assert caught.value.detail.endswith(".")
+
+
+def test_variables_that_the_tests_read_may_be_in_the_environment_of_a_portal(tmp_path: Path) -> None:
+    files = [ROOT / "scripts/test", *ROOT.glob("tests/**/*.py")]
+    read = {name for path in files for name in re.findall(r"\bPORTAL_TEST_[A-Z_]*[A-Z]\b", path.read_text())}
+    assert "PORTAL_TEST_ALL" in read
+    Settings.from_env({"PORTAL_DATA_DIR": str(tmp_path), **dict.fromkeys(read, "yes")})
 
 
 def test_the_service_links_of_kubernetes_are_ignored_with_one_line(
