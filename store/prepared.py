@@ -114,7 +114,7 @@ def _converted(row: Sequence[Any] | None, converts: Sequence[_Convert | None]) -
 
 
 def _text_of(compiled: Any, dialect: Dialect, defaults: Values) -> _Text:
-    binds = {name: compiled.binds[name] for name in compiled.positiontup}
-    fixed = {name: bind.value for name, bind in binds.items() if not bind.required}
-    parameters = [(name, bind.type.dialect_impl(dialect).bind_processor(dialect)) for name, bind in binds.items()]
+    binds = [(name, compiled.binds[name]) for name in compiled.positiontup]  # a name can come more than once
+    fixed = {name: bind.value for name, bind in binds if not bind.required}
+    parameters = [(name, bind.type.dialect_impl(dialect).bind_processor(dialect)) for name, bind in binds]
     return _Text(str(compiled), parameters, {**fixed, **defaults})

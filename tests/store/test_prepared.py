@@ -94,6 +94,16 @@ def test_values_of_the_statement_itself_are_written_too(tx: Connection) -> None:
     assert tuple(row) == (DeliveryStatus.DELIVERED, None, AT.astimezone(UTC))
 
 
+def test_a_value_can_be_at_more_than_one_place(tx: Connection) -> None:
+    Prepared(sa.insert(Delivery)).run(tx, [DELIVERY])
+    at = sa.bindparam("at")
+    extend = Prepared(sa.update(Delivery).values(expires_at=at, delivered_at=at).where(Delivery.created_at < at))
+    later = AT + timedelta(days=1)
+    extend.run(tx, [{"at": later}])
+    row = tx.execute(sa.select(Delivery.expires_at, Delivery.delivered_at)).one()
+    assert tuple(row) == (later, later)
+
+
 def test_a_missing_value_is_an_error_and_not_a_null(tx: Connection) -> None:
     spend = Prepared(sa.update(Delivery).where(Delivery.id == sa.bindparam("wanted")).values(format=sa.bindparam("as")))
     with pytest.raises(KeyError, match="as"):
