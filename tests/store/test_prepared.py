@@ -96,7 +96,7 @@ def test_values_of_the_statement_itself_are_written_too(tx: Connection) -> None:
 
 def test_a_value_can_be_at_more_than_one_place(tx: Connection) -> None:
     Prepared(sa.insert(Delivery)).run(tx, [DELIVERY])
-    at = sa.bindparam("at")
+    at: sa.BindParameter[datetime] = sa.bindparam("at")
     extend = Prepared(sa.update(Delivery).values(expires_at=at, delivered_at=at).where(Delivery.created_at < at))
     later = AT + timedelta(days=1)
     extend.run(tx, [{"at": later}])
