@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from broker.crl import Trust
 from broker.guard import journal
 from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GUARD_VERSION, TENANTS_VERSION, GuardControl
 from broker.guard.journal import read_position
+from broker.session import connect_unix
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
 from config import Settings
 from core.errors import BrokerNotEnforcing, BrokerUnavailable, ProjectionInvalid
@@ -635,3 +637,38 @@ def test_a_broker_that_does_not_run_cannot_report(place: Place) -> None:
 def test_the_control_by_files_never_knows_who_is_connected(place: Place) -> None:
     settings = Settings.from_env({"PORTAL_DATA_DIR": str(place.folder), "PORTAL_BROKER_CONTROL": "files"})
     assert BrokerProvisioning(settings).follow_presence(soon()) is None
+
+
+# --- Sessions of very many devices ---------------------------------------------------------------------------------
+
+
+def test_a_pass_for_very_many_sessions_goes_on_where_the_one_before_had_no_more_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.guard.control._MANY_SESSIONS", 2)
+    monkeypatch.setattr("broker.mosquitto._DISCONNECTS_IN_FLIGHT", 1)  # the stub serves one session at a time
+    names = [f"{number:08}-0000-4000-8000-000000000000" for number in range(24)]
+
+    def deny_all(draft: Draft) -> None:
+        for name in names:
+            remove_device_acl(draft, name)
+
+    place.install(deny_all)
+    with place.stub() as guard:
+        connect, left = connect_unix, [16]
+
+        def slow(path: Path, deadline: float) -> socket.socket:
+            left[0] -= 1
+            if left[0] < 0:
+                raise TimeoutError("no answer in time")
+            return connect(path, deadline)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("broker.mosquitto.connect_unix", slow)
+            with pytest.raises(BrokerUnavailable, match="8 sessions of 24 are still to be ended"):
+                place.broker.disconnect(names, soon())
+        place.broker.disconnect(names, soon())
+        assert sorted(guard.clients) == names  # each once
+        place.append(lambda draft: remove_device_acl(draft, names[0]))
+        place.broker.disconnect(names, soon())
+        assert sorted(guard.clients) == sorted([*names, names[0]])  # of which the journal has said something since
