@@ -110,7 +110,8 @@ class MutualTlsListener(ABC):
             self.listening.set()
             while not stopping.is_set():
                 try:
-                    self._accept(listener.accept()[0])
+                    client, _ = listener.accept()
+                    self._accept(client)
                 except OSError as error:  # also of a client that has gone already; those that are served stay
                     if error.errno in _FULL:
                         log.error("a connection was not accepted", extra={"listener": self.name, "problem": str(error)})
@@ -297,6 +298,7 @@ class Conversation(BaseHTTPRequestHandler):
     def extend(self, seconds: float) -> None:
         """Give the connection time; end it after this request if the portal is being stopped."""
         self._of.extend(self._client, seconds)
+        self._client.settimeout(seconds)  # else that of the handshake ends a connection that is kept
         if self._of.stopping.is_set():
             self.close_connection = True
 

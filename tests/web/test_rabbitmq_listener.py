@@ -8,6 +8,7 @@ import http.client
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,6 +189,14 @@ def test_a_node_is_answered_about_a_device_until_that_is_revoked(server: Server,
 
 def test_a_device_that_gives_a_password_is_denied(server: Server, device: str) -> None:
     assert server.ask(server.node(), username=device, password="") == (200, "deny")
+
+
+def test_a_connection_is_kept_for_longer_than_its_node_keeps_it(server: Server, device: str) -> None:
+    with server.connected(server.node()) as connection:
+        assert ask(connection, username=device) == (200, "allow")
+        [(kept, until)] = server.listener._open.items()
+        assert kept.gettimeout() == rabbitmq_listener.IDLE_SECONDS > 120
+        assert until > time.monotonic() + 120
 
 
 def test_each_node_is_answered(server: Server, device: str) -> None:
