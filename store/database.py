@@ -160,12 +160,13 @@ class Database:
         with _translated(), ExitStack() as stack:
             options = {"portal_durable": durable, **scope.option_for(sees)}
             connection = self._begin(stack, patience, options)
+            notes = connection.info  # one that was lost would first have to be made again
             try:
                 yield connection
             except BaseException as error:
                 self._failed |= isinstance(error, _UNAVAILABLE)
-                connection.info.pop(ADVANCED, None)
-                connection.info.pop(SUBSCRIBED, None)
+                notes.pop(ADVANCED, None)
+                notes.pop(SUBSCRIBED, None)
                 connection.rollback()
                 raise
             try:
@@ -175,8 +176,8 @@ class Database:
                 connection.invalidate()  # it may still be in the transaction, which the next user would find
                 raise
             self._failed = False
-            connection.info.pop(SUBSCRIBED, None)
-            if connection.info.pop(ADVANCED, False):
+            notes.pop(SUBSCRIBED, None)
+            if notes.pop(ADVANCED, False):
                 self.advances.tell()
 
     def _begin(self, stack: ExitStack, patience: float, options: Mapping[str, Any]) -> Connection:

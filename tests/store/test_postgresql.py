@@ -80,6 +80,20 @@ def test_connections_are_durable_and_bounded_whatever_the_servers_defaults(tmp_p
     assert shown == {"synchronous_commit": "on", "lock_timeout": "5s", "statement_timeout": "30s"}
 
 
+def test_a_connection_that_the_server_ends_in_a_transaction_is_a_database_that_does_not_answer(tmp_path: Path) -> None:
+    with Cluster() as cluster:
+        database = Database(cluster.url, folder=tmp_path, threads=2)
+        database.migrate()
+        with pytest.raises(DatabaseUnavailable), database.transaction() as tx:
+            own = tx.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+            with database.snapshot() as other:
+                assert other.execute(sa.text("SELECT pg_terminate_backend(:own, 5000)"), {"own": own}).scalar_one()
+            tx.execute(sa.text("SELECT 1"))
+        with database.transaction() as tx:
+            assert tx.execute(sa.text("SELECT 1")).scalar_one() == 1
+        database.close()
+
+
 def test_a_default_of_read_only_is_not_overridden_after_a_snapshot(tmp_path: Path) -> None:
     with Cluster("default_transaction_read_only=on") as cluster:
         database = Database(cluster.url, folder=tmp_path, threads=2)
