@@ -84,11 +84,15 @@ def test_a_connection_that_the_server_ends_in_a_transaction_is_a_database_that_d
     with Cluster() as cluster:
         database = Database(cluster.url, folder=tmp_path, threads=2)
         database.migrate()
-        with pytest.raises(DatabaseUnavailable), database.transaction() as tx:
+
+        def end_it(tx: sa.Connection) -> None:
             own = tx.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
             with database.snapshot() as other:
                 assert other.execute(sa.text("SELECT pg_terminate_backend(:own, 5000)"), {"own": own}).scalar_one()
             tx.execute(sa.text("SELECT 1"))
+
+        with pytest.raises(DatabaseUnavailable):
+            database.write(end_it)
         with database.transaction() as tx:
             assert tx.execute(sa.text("SELECT 1")).scalar_one() == 1
         database.close()

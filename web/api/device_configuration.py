@@ -10,7 +10,7 @@ from core.errors import ClientCertificateRefused
 from core.states import ClientKind, renewable_from
 from core.topics import Access, expand
 from web.api.device_clients import client_of, used
-from web.api.devices import BrokerModel
+from web.api.devices import BrokerAddressModel
 from web.api.fields import Fingerprint, Hex
 from web.api.routing import ANYONE, AnswerModel, Call, Routes, Timestamp, share_of
 from workflows.bundles import broker_trust
@@ -56,7 +56,7 @@ class DeviceConfiguration(AnswerModel):
     client_id: str
     kind: Literal["device", "application"]
     name: str
-    brokers: list[BrokerModel]
+    brokers: list[BrokerAddressModel]
     tls: TlsModel
     keep_alive_seconds: int
     publish: Filters
@@ -89,7 +89,9 @@ def _told(call: Call, holder: DeviceClient) -> DeviceConfiguration:
         client_id=holder.device_id,
         kind="application" if holder.kind is ClientKind.APPLICATION else "device",
         name=details.device.name,
-        brokers=[BrokerModel(host=one.host, port=one.port) for one in settings.broker_addresses_of(holder.tenant_id)],
+        brokers=[
+            BrokerAddressModel(host=one.host, port=one.port) for one in settings.broker_addresses_of(holder.tenant_id)
+        ],
         tls=TlsModel.model_validate(
             {
                 "ca": broker_trust(settings, call.portal.authority.of(holder.tenant_id).ca_pem),

@@ -200,7 +200,7 @@ class PatchRequest(ChangesRequest):
         return "external_id" in self.model_fields_set and self.external_id is None
 
 
-class BrokerModel(AnswerModel):
+class BrokerAddressModel(AnswerModel):
     """Where a broker is, as devices reach it."""
 
     host: str
@@ -272,7 +272,7 @@ class DeviceModel(DeviceSummary):
 
     former_external_id: str | None
     broker: BrokerState
-    brokers: list[BrokerModel]
+    brokers: list[BrokerAddressModel]
     certificate: CertificateModel | None
     attestation: AttestationModel | None
 
@@ -476,7 +476,7 @@ def _device_model(call: Call, details: DeviceDetails) -> DeviceModel:
         topics=[TopicModel(filter=topic.filter, access=topic.access.value) for topic in details.topics],
         **broker_state(details),
         brokers=[
-            BrokerModel(host=one.host, port=one.port)
+            BrokerAddressModel(host=one.host, port=one.port)
             for one in call.portal.settings.broker_addresses_of(details.device.tenant_id)
         ],
         connection=connection_model(details.connection),

@@ -300,6 +300,13 @@ def test_what_the_server_refuses_is_not_described_as_fitting(there: There, path:
         assert there.api.post(path, body).status_code == 422
 
 
+def test_no_two_models_have_one_name() -> None:
+    """A generator of clients makes a class of each, and leaves out what uses a second one of a name."""
+    names = openapi(ROUTES, server_url="http://localhost")["components"]["schemas"]
+    assert "DeviceModel" in names
+    assert [name for name in names if not name.isalnum()] == []  # two of one name have their modules in it
+
+
 @pytest.mark.parametrize(
     ("path", "cursor"), [("/devices", "0"), ("/devices", "x" * 60), ("/audit", "0"), ("/audit", "-1")]
 )
