@@ -45,7 +45,10 @@ def reports(portal: Portal, name: str = "edge-1") -> None:
 
 
 def impatient(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portal.reconciler, "_settings", portal.settings.model_copy(update={"enforce_timeout": 0.05}))
+    """Have a revocation wait for the portal's own broker alone, which is given all its time."""
+    others = portal.reconciler._others
+    wait = others.wait_for_all
+    monkeypatch.setattr(others, "wait_for_all", lambda generation, _deadline: wait(generation, 0.0))
 
 
 def test_a_revocation_is_pending_while_another_broker_lacks_it_which_the_answer_names(
