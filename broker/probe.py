@@ -25,6 +25,12 @@ ACCEPTS_REVOKED = (
     "The broker accepts a revoked certificate: check that its configuration names crlfile and capath, and that it was"
     " restarted after a file was repaired."
 )
+_NAME_MISMATCHES = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH of OpenSSL
+_OTHER_NAME = (
+    "if the name was changed, restart the broker, which shows its new certificate only then; see that the name is"
+    " right, which is PORTAL_MQTT_HOST beside the portal, and the host of portal broker update at an agent's broker"
+)
+_OTHER_CERTIFICATE = "see that it is one of the portal's"
 _ALERTS = {
     "HANDSHAKE_FAILURE": 40,
     "BAD_CERTIFICATE": 42,
@@ -204,9 +210,9 @@ class Probe:
                             reason = session.connect(self._client_id(shown))
                 except ssl.SSLCertVerificationError as error:
                     raise BrokerUnavailable(
-                        f"The broker's certificate is refused: {error.verify_message.rstrip('.')}; see that it is"
-                        " one of the portal's and names PORTAL_MQTT_HOST, and that PORTAL_BROKER_PROBE_ADDRESS is the"
-                        " broker's."
+                        f"The broker's certificate is refused: {error.verify_message.rstrip('.')};"
+                        f" {_OTHER_NAME if error.verify_code in _NAME_MISMATCHES else _OTHER_CERTIFICATE}, and that"
+                        " PORTAL_BROKER_PROBE_ADDRESS is the broker's."
                     ) from error
                 except ssl.SSLError as error:
                     alert = _alert(error)

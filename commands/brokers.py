@@ -94,11 +94,19 @@ def broker_add(portal: Remote, name: str, address: str, code_out: str | None) ->
 @NAME
 @click.option("--address", metavar="HOST:PORT", help="What clients connect to; empty for none.")
 def broker_update(portal: Remote, name: str, address: str | None) -> None:
-    """Change what is known of a broker."""
+    """Change what is known of a broker.
+
+    If the host of an agent's broker changes, its Mosquitto must be restarted: until then changes are pending there.
+    """
     if address is None:
         raise click.UsageError("Nothing to change: use --address.")
     answer = portal.client.call("PATCH", f"/brokers/{name}", body={"address": address or None}).json()
     _show(portal, answer, done=f"Changed the address of {name}")
+    if address and answer.get("told_by") == "agent":
+        portal.out.note(
+            "If the host is another one than before, its Mosquitto shows a certificate for it after a restart only, and"
+            " changes are pending there until then: restart it, unless PORTAL_BROKER_RESTART of its agent does."
+        )
 
 
 @command("away", broker, examples=["portal broker away edge-1 --reason 'The site is closed'"])

@@ -459,7 +459,11 @@ class Agent:
                 self._begin_again()
                 self._installed = NOTHING
                 return
-            self.prove()
+            try:
+                self.prove()
+            except BrokerUnavailable:
+                self._restart_if_due()  # until then it may show a certificate without a name that it was given since
+                raise
             self._renew_crls()
             if self._state.mark == NOTHING or self._proof is not None:
                 return

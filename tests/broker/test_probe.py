@@ -95,8 +95,25 @@ def test_a_good_certificate_that_mqtt_refuses_is_a_fault(folder: Path) -> None:
 
 
 def test_a_certificate_of_another_host_is_refused(folder: Path) -> None:
-    with pytest.raises(BrokerUnavailable, match=r"certificate is refused: Hostname mismatch, .* 'localhost'; see"):
+    sentence = r"certificate is refused: Hostname mismatch, .* 'localhost'; if the name was changed, restart the broker"
+    with pytest.raises(BrokerUnavailable, match=rf"{sentence}, .* portal broker update"):
         StandIn(folder, name="broker.example").run()
+
+
+def test_a_certificate_of_another_address_is_refused(folder: Path) -> None:
+    broker = StandIn(folder)
+    at = Address(*broker.listener.getsockname())
+    with pytest.raises(BrokerUnavailable, match=r"IP address mismatch.*; if the name was changed, restart the broker"):
+        Probe("127.0.0.9", [at], folder / "ca.pem").run(broker.certificates, time.monotonic() + 5)
+
+
+def test_a_certificate_of_another_ca_is_refused(folder: Path, tmp_path: Path) -> None:
+    broker, other = StandIn(folder), tmp_path / "other"
+    other.mkdir()
+    StandIn(other)
+    at = Address(*broker.listener.getsockname())
+    with pytest.raises(BrokerUnavailable, match=r"certificate is refused: .*; see that it is one of the portal's, and"):
+        Probe("localhost", [at], other / "ca.pem").run(broker.certificates, time.monotonic() + 5)
 
 
 def test_a_certificate_that_is_refused_can_be_looked_at(folder: Path) -> None:

@@ -340,6 +340,27 @@ def test_a_broker_that_shows_an_older_certificate_is_restarted(
     assert restarted.exists()
 
 
+def test_a_broker_whose_address_was_changed_is_restarted_to_show_its_new_name(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    restarted, refused = tmp_path / "restarted", "The broker's certificate is refused: Hostname mismatch."
+    agent = place.agent(PORTAL_BROKER_RESTART=f"touch {restarted}")
+    agent.follow(0)
+
+    def probe(*_arguments: object, **_options: object) -> None:
+        if not restarted.exists():
+            raise BrokerUnavailable(refused)
+
+    monkeypatch.setattr(BrokerProvisioning, "probe", probe)
+    monkeypatch.setattr(BrokerProvisioning, "server_certificate", lambda *_arguments: b"the one before")
+    monkeypatch.setattr(BrokerRestarts, "seconds_until_due", lambda _self: 0.0)
+    again = place.agent(PORTAL_BROKER_RESTART=f"touch {restarted}")
+    with pytest.raises(BrokerUnavailable, match=refused):
+        again.look()
+    again.look()
+    assert restarted.exists()
+
+
 def test_a_portal_that_is_not_reached_is_a_sentence(place: Place, link: Link) -> None:
     agent = place.agent()
     link.__exit__(None, None, None)
