@@ -45,7 +45,7 @@ class PortalClient:
 
     def __init__(self, folder: AgentFolder, identity: Identity) -> None:
         address = urlsplit(identity.url)
-        self._base = address.path.rstrip("/")
+        self._url, self._base = identity.url, address.path.rstrip("/")
         self._pool = urllib3.HTTPSConnectionPool(
             address.hostname or "",
             address.port or 443,
@@ -130,13 +130,17 @@ class PortalClient:
             finally:
                 answer.release_conn()
         except (HTTPError, OSError) as error:
-            raise unreachable(error) from error
+            raise unreachable(
+                error,
+                f"check that the portal runs with PORTAL_AGENTS_BIND, that {self._url} (PORTAL_AGENTS_URL there) leads"
+                " to it and nothing in between ends TLS, and that firewalls let this machine through",
+            ) from error
 
 
-def unreachable(error: Exception) -> Unavailable:
-    """Return that the portal was not reached, in a sentence."""
+def unreachable(error: Exception, advice: str) -> Unavailable:
+    """Return that the portal was not reached and what to check, in a sentence."""
     reason = re.sub(r"^<?HTTPSConnection(Pool)?\([^)]*\)>?: ", "", str(getattr(error, "reason", None) or error))
-    return Unavailable(f"The portal was not reached: {reason[:300].rstrip('.')}.")
+    return Unavailable(f"The portal was not reached: {reason[:300].rstrip('.')}; {advice}.")
 
 
 def refusal_of(status: int, content: bytes) -> PortalError:

@@ -104,7 +104,11 @@ def _answer(pool: urllib3.HTTPSConnectionPool, method: str, path: str, body: byt
         content = answer.read(limit)
         answer.release_conn()
     except (HTTPError, OSError) as error:
-        raise unreachable(error) from error
+        raise unreachable(
+            error,
+            f"check that https://{pool.host}:{pool.port} of --url is the portal's address, and that firewalls let this"
+            " machine through",
+        ) from error
     if answer.status != 200:
         raise refusal_of(answer.status, content)
     return bytes(content)

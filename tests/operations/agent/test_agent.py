@@ -25,6 +25,7 @@ from operations.agent import agent as agents
 from operations.agent import folder
 from operations.agent.agent import Agent
 from operations.agent.folder import AgentFolder, State, settings_of, utc_seconds
+from operations.agent.joining import join
 from operations.agent.presence import AgentPresence
 from operations.wiring import Portal
 from store import agents as store_agents
@@ -35,6 +36,7 @@ from tests.operations.agent.conftest import Place, register
 from tests.support.deployment import wait_until
 from tests.support.guard_stub import GuardStub, journal_lines
 from tests.support.links import Link
+from tests.support.ports import free_port
 from tests.workflows.test_admission import OPERATOR
 from workflows.agents import feed as feeds
 from workflows.tenant_life import NewTenant
@@ -364,8 +366,14 @@ def test_a_broker_whose_address_was_changed_is_restarted_to_show_its_new_name(
 def test_a_portal_that_is_not_reached_is_a_sentence(place: Place, link: Link) -> None:
     agent = place.agent()
     link.__exit__(None, None, None)
-    with pytest.raises(Unavailable, match="The portal was not reached"):
+    with pytest.raises(Unavailable, match=r"not reached: .*; check that the portal runs with PORTAL_AGENTS_BIND,"):
         agent.follow(0)
+
+
+def test_who_joins_a_portal_that_is_not_reached_is_told_what_to_check(tmp_path: Path) -> None:
+    port = free_port()
+    with pytest.raises(Unavailable, match=rf"not reached: .*; check that https://localhost:{port} of --url is"):
+        join(AgentFolder(tmp_path / "agent"), f"https://localhost:{port}", "0" * 64, "code")
 
 
 def test_its_certificates_are_renewed_and_the_one_before_counts_no_more(
