@@ -35,8 +35,9 @@ def broker_list(portal: Remote) -> None:
 
     When piped, prints tab-separated lines: name, state, generation, last report, address, problem.
     """
+    answer = portal.client.get("/brokers")
     portal.out.table(
-        portal.client.get("/brokers"),
+        answer,
         "brokers",
         {
             "name": "name",
@@ -49,6 +50,8 @@ def broker_list(portal: Remote) -> None:
         empty="No brokers.",
         spare=("address", "problem"),
     )
+    if not answer["brokers"]:
+        portal.out.next_step("portal broker add NAME --address HOST:PORT")
 
 
 @command("show", broker, examples=["portal broker show edge-1"])

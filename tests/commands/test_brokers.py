@@ -22,3 +22,10 @@ def test_a_new_address_of_an_agents_broker_says_that_it_must_be_restarted(
     result = session.run("broker", "update", "edge-1", "--address", address)
     assert result.exit_code == 0, result.stderr
     assert ("restart it, unless PORTAL_BROKER_RESTART" in " ".join(result.stderr.split())) is says
+
+
+def test_without_brokers_the_next_step_is_to_add_one(session: Session, stub: PortalStub) -> None:
+    stub.replies["GET", "/brokers"] = Reply(body={"brokers": []})
+    assert "Next: portal broker add NAME" in session.run("broker", "list").stderr
+    stub.replies["GET", "/brokers"] = Reply(body={"brokers": [BROKER]})
+    assert "Next:" not in session.run("broker", "list").stderr
