@@ -151,9 +151,12 @@ class Readiness:
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 return None if any(one.counts for one in brokers.list_brokers(tx)) else NONE_COUNTS
         if not self._reconciler.broker_answers():
-            if self._settings.rabbitmq_nodes:
-                return "No node of RabbitMQ answers at its management API; start them, or see PORTAL_RABBITMQ_NODES."
-            return "The broker does not answer on its internal listener; start it, or see its log."
+            advice = (
+                "start them, or see PORTAL_RABBITMQ_NODES"
+                if self._settings.rabbitmq_nodes
+                else "start it, or see its log"
+            )
+            return f"{self._reconciler.silence.rstrip('.')}; {advice}."
         state = self._reconciler.own_state()
         if state.applied_generation < state.generation:
             return (

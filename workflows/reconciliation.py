@@ -353,6 +353,13 @@ class Reconciler:
         """Return whether the node's broker runs and answers on its internal listener."""
         return self._broker.reachable()
 
+    @property
+    def silence(self) -> str:
+        """The sentence for a broker beside the node that does not answer."""
+        if self._settings.rabbitmq_nodes:
+            return "No node of RabbitMQ answers at its management API."
+        return "The broker does not answer on its internal listener."
+
     def is_broker_well(self) -> bool:
         """Return whether nothing is to be said of the node's broker: it answers, or there is none."""
         return not self._has_broker or self._broker.reachable()
@@ -360,7 +367,7 @@ class Reconciler:
     def why_pending(self, generation: int) -> str | None:
         """Return a sentence about the brokers that were not seen to enforce a generation, if one can be said."""
         if self._has_broker and not self._answers():
-            return "The broker does not answer on its internal listener."
+            return self.silence
         return self._others.problem(generation)
 
     def broker_nodes(self) -> Mapping[str, bool]:

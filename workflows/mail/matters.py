@@ -64,7 +64,7 @@ def unsaid(tx: Connection, tenant_id: str, *, now: datetime, broker_is_away: boo
         (Kind.REQUEST, list(_requests(tx, tenant_id))),
         (Kind.CA, list(_cas(tx, now))),
         (Kind.REVOCATION, list(_behind(tx, now))),
-        (Kind.BROKER, [Matter(Kind.BROKER, "", "It does not answer on its internal listener.")] * broker_is_away),
+        (Kind.BROKER, [Matter(Kind.BROKER, "", "It does not answer the portal.")] * broker_is_away),
     ):
         known = mail.said(tx, tenant_id, kind, [matter.subject for matter in matters])
         found += [matter for matter in matters if matter.subject not in known]
