@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
@@ -18,7 +19,8 @@ class BrokerAgent(Base):
     the newest page that it was sent, ``held`` the one before, which it has shown to have: each a generation, the digest
     of the page, and whether that was the last one up to the generation. ``presence_session`` names the whole set of
     clients that it has begun to tell last, to which all changes belong that follow, ``presence_number`` the newest
-    report of it.
+    report of it. ``runs`` are the newest runs of the agent, the present one first: see ``store.agents.Run``.
+    ``copied_since`` is set once two were seen to run with one key: up to this generation one of them alone has proven.
     """
 
     __tablename__ = "broker_agents"
@@ -44,3 +46,5 @@ class BrokerAgent(Base):
     given_is_last: Mapped[bool] = mapped_column(default=False, server_default=sa.false())
     presence_session: Mapped[str] = mapped_column(sa.String(32), default="", server_default="")
     presence_number: Mapped[int] = mapped_column(sa.BigInteger, default=0, server_default="0")
+    runs: Mapped[list[Any]] = mapped_column(sa.JSON, default=list, server_default="[]")
+    copied_since: Mapped[int | None] = mapped_column(sa.BigInteger)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -24,6 +24,14 @@ class Given:
     is_last: bool
 
 
+class Run(NamedTuple):
+    """A run of an agent: its id, what its broker enforced before it, how often it asked after another had begun."""
+
+    id: str
+    since: int
+    returns: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class AgentRecord:
     """An agent with its broker; see ``store.agent_tables.BrokerAgent``."""
@@ -36,8 +44,14 @@ class AgentRecord:
     certificate: str | None
     next_certificate: str | None
     presence_session: str
+    runs: tuple[Run, ...]
+    copied_since: int | None
     held: Given
     given: Given
+
+    def is_run_by(self, run: str) -> bool:
+        """Whether this is its present run, and no other one has come back."""
+        return self.copied_since is None and bool(self.runs) and self.runs[0].id == run
 
     def has_shown(self, generation: int, digest: str) -> Given | None:
         """Return the page of changes with this digest if the agent was given it, ``None`` if it was not."""
@@ -56,6 +70,8 @@ _AGENT = sa.select(
     BrokerAgent.certificate,
     BrokerAgent.next_certificate,
     BrokerAgent.presence_session,
+    BrokerAgent.runs,
+    BrokerAgent.copied_since,
     BrokerAgent.held_generation,
     BrokerAgent.held_digest,
     BrokerAgent.held_is_last,
@@ -73,11 +89,10 @@ _BY_ID = _AGENT.where(Broker.id == sa.bindparam("broker_id"))
 
 
 def _record(row: Sequence[Any]) -> AgentRecord:
-    first, held, given = row[:8], row[8:11], row[11:]
-    broker_id, name, address, applied, joined_at, certificate, following, session = first
-    return AgentRecord(
-        broker_id, name, address, applied, joined_at, certificate, following, session, Given(*held), Given(*given)
-    )
+    broker_id, name, address, applied, joined_at, certificate, following, session, runs, copied = row[:10]
+    known, held, given = tuple(Run(*one) for one in runs), Given(*row[10:13]), Given(*row[13:])
+    first = (broker_id, name, address, applied, joined_at, certificate, following, session)
+    return AgentRecord(*first, known, copied, held, given)
 
 
 def add_agent(tx: Connection, broker_id: int, *, code: str, expires_at: datetime) -> None:
@@ -149,6 +164,16 @@ def give(tx: Connection, broker_id: int, *, held: Given, given: Given) -> bool:
 def begin_again(tx: Connection) -> None:
     """Give all agents everything anew: the database is not what it was when they were told, with all changes since."""
     tx.execute(sa.update(BrokerAgent).values(held_digest="", given_digest="", presence_session=""))
+
+
+def set_runs(tx: Connection, broker_id: int, runs: Sequence[Run]) -> None:
+    """Record the newest runs of an agent, the present one first."""
+    _update(tx, broker_id, runs=[list(one) for one in runs])
+
+
+def set_copied(tx: Connection, broker_id: int, since: int) -> None:
+    """Record that two agents run with one key, of which one alone has proven all up to a generation."""
+    _update(tx, broker_id, copied_since=since)
 
 
 def claim_presence(tx: Connection, broker_id: int, session: str, number: int, *, begins: bool) -> bool:

@@ -239,6 +239,12 @@ def forget_proofs_of_agents(tx: Connection, *, at: datetime) -> None:
     _count_again(tx, at)
 
 
+def forget_proof(tx: Connection, broker_id: int, problem: str, *, at: datetime) -> None:
+    """Let a broker not be known to enforce anything, because of a problem; who calls has taken its turn."""
+    forgotten = {"applied_generation": 0, "presence_known": False, "reported_at": at, "problem": problem}
+    _update(tx, broker_id, at, **forgotten)
+
+
 def set_problem(tx: Connection, broker_id: int, problem: str | None, *, at: datetime) -> None:
     """Record that a broker was heard of, and what was wrong then."""
     cut = None if problem is None else problem[:1000]

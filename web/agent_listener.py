@@ -31,8 +31,9 @@ from operations.wiring import Portal
 from store.agents import AgentRecord, Given
 from web.api.problems import of_error
 from web.mutual_tls import BLOCK, Conversation, MutualTlsListener, run_in_one_process
-from workflows.agents.agents import AgentCertificate, Report
+from workflows.agents.agents import AgentCertificate, Report, check_not_copied, check_run
 from workflows.agents.presence import Part, ToldPresence
+from workflows.agents.runs import OF_BEFORE
 
 log = logging.getLogger("portal.agents")
 
@@ -182,11 +183,14 @@ class _Conversation(Conversation):
         seen = TrustNames(_digest(asked.get("cas", "0" * 64)), _digest(asked.get("crls", "0" * 64)))
         ends = _number(asked.get("ends", "0"))
         wait = min(float(_number(asked.get("wait", "0"))), MAX_WAIT)
-        feed, record = self._portal.agent_feed, self._agent
+        feed, record, run = self._portal.agent_feed, self._agent, _run(asked.get("run", OF_BEFORE))
+        self._portal.agents.take_run(record, run)
         start = feed.start_of(record, mark)
         has_changes = feed.wait(start, seen, wait, goes_on=lambda: not self._listener.stopping.is_set())
         if wait and has_changes:  # it may have been removed meanwhile, or have another certificate
             record = self._portal.agents.shown(self.certificate)
+            if record.copied_since is None:
+                check_run(record, run)
             start = feed.start_of(record, mark)
         if not has_changes:
             content = none_line(start.generation, feed.names())
@@ -226,11 +230,13 @@ class _Conversation(Conversation):
         presence = said.get("presence")
         if presence is not None and not (isinstance(presence, str) and _SESSION.fullmatch(presence)):
             raise InputInvalid("A session has 32 lower-case hexadecimal digits.")
-        knows_presence = self._portal.agents.report(self._agent, Report(generation, digest, problem, presence))
+        run = _run(said.get("run", OF_BEFORE))
+        knows_presence = self._portal.agents.report(self._agent, Report(generation, digest, problem, presence, run))
         failpoint("agents.after_report")
         self.send(HTTPStatus.OK, json.dumps({"presence": knows_presence}).encode(), "application/json")
 
     def _presence(self) -> None:
+        check_not_copied(self._agent)
         done = self._portal.agent_presences.take(self._agent, told_presence(self._json()))
         self.send(HTTPStatus.OK, json.dumps({"upto": done}).encode(), "application/json")
 
@@ -294,6 +300,12 @@ def _number(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text):
         raise InputInvalid("A generation, and seconds to wait, are whole numbers.")
     return int(text)
+
+
+def _run(said: object) -> str:
+    if said != OF_BEFORE and not (isinstance(said, str) and _SESSION.fullmatch(said)):
+        raise InputInvalid("A run has 32 lower-case hexadecimal digits.")
+    return str(said)
 
 
 def _digest(text: str) -> str:

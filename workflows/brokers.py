@@ -55,7 +55,7 @@ class BrokerState:
             return f"{record.name} was declared away at {record.away_since:%Y-%m-%d %H:%M} UTC, and does not count."
         if standing is not Standing.PENDING:
             return None
-        proven = "nothing yet" if record.applied_at is None else f"generation {record.applied_generation}"
+        proven = "nothing yet" if not record.applied_generation else f"generation {record.applied_generation}"
         heard = "" if record.reported_at is None else f", last heard of at {record.reported_at:%Y-%m-%d %H:%M:%S} UTC"
         why = "" if record.problem is None else f": {record.problem}"
         return f"{record.name} was seen to enforce {proven}, the newest is {self.generation}{heard}{why}"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -94,7 +95,9 @@ class Agent:
             raise StartupError("An agent needs the guard: set PORTAL_BROKER_CONTROL=guard.")
         self._control = self._broker.control
         self._certificates = AgentCertificates(settings, folder, self._broker)
-        self._client = PortalClient(folder, self._identity)
+        # Kept on no disk: a copy of the folder that is started is another run, which the portal tells by it.
+        self._run = secrets.token_hex(16)
+        self._client = PortalClient(folder, self._identity, self._run)
         self.presence = AgentPresence(self._broker, lambda: self._client)
         self._lock = threading.RLock()  # of the journal, and of all below
         self._state = folder.state()
@@ -189,7 +192,7 @@ class Agent:
         """Have the certificates renewed that are due; raise as ``follow`` does."""
         if "agent" in self._certificates.renew(self._client):
             self._client.close()
-            self._client = PortalClient(self._folder, self._identity)
+            self._client = PortalClient(self._folder, self._identity, self._run)
 
     def _is_time(self, what: str, seconds: float) -> bool:
         now = time.monotonic()

@@ -43,7 +43,8 @@ _OPTIONS = [
 class PortalClient:
     """Asks the portal as one agent; made anew when its certificate or the portal's CAs have changed."""
 
-    def __init__(self, folder: AgentFolder, identity: Identity) -> None:
+    def __init__(self, folder: AgentFolder, identity: Identity, run: str = "") -> None:
+        self._run = run
         address = urlsplit(identity.url)
         self._url, self._base = identity.url, address.path.rstrip("/")
         self._pool = urllib3.HTTPSConnectionPool(
@@ -73,6 +74,7 @@ class PortalClient:
             "cas": seen.cas,
             "crls": seen.crls,
             "wait": wait,
+            "run": self._run,
         }
         if ends:
             query["ends"] = ends
@@ -100,6 +102,7 @@ class PortalClient:
         ``presence`` is the session in which it was told that.
         """
         body = {"generation": mark.generation, "digest": mark.digest, "problem": problem, "presence": presence}
+        body["run"] = self._run
         with self._request("POST", "/broker-agents/report", body) as answer:
             return _json(answer).get("presence") is True
 

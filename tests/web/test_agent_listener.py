@@ -172,6 +172,19 @@ def test_an_agent_is_answered(server: Server) -> None:
     assert page_of(content).since == 0
 
 
+def test_runs_of_an_agent_are_told_apart_and_two_that_go_on_are_refused(server: Server) -> None:
+    agent, runs = server.agent(), ("1" * 32, "2" * 32)
+    with server.connected(agent.context) as connection:
+        assert ask(connection, "GET", f"{CHANGES}?run=x")[0] == 422
+        assert ask(connection, "POST", REPORT, {"generation": 0, "digest": "", "problem": "x", "run": 1})[0] == 422
+        answers = [ask(connection, "GET", f"{CHANGES}?run={run}")[0] for run in (*runs, runs[0], runs[0], runs[0])]
+        assert answers == [200, 200, 409, 409, 200]
+        told = {"session": "0" * 32, "number": 1, "at": 0, "part": None, "known": True}
+        for path, body in ((REPORT, {"generation": 0, "digest": "", "problem": "x", "run": runs[1]}), (PRESENCE, told)):
+            status, problem = ask(connection, "POST", path, body)
+            assert (status, "Two agents" in problem["detail"]) == (409, True)
+
+
 def test_who_shows_no_certificate_is_refused_by_tls(server: Server) -> None:
     assert refused_by_tls(server, server.context())
 

@@ -34,6 +34,7 @@ from store.audit import Actor
 from store.brokers import BrokerRecord
 from store.database import Database
 from store.scope import ALL_TENANTS
+from workflows.agents.runs import ANOTHER_RUN, COPIED, OF_BEFORE, take_run
 from workflows.authority.issuers import Authority, RecordedIssuer
 from workflows.authority.own import PROBE_DAYS, record_own
 from workflows.delivery import KeptAnswers, MadeSecret
@@ -96,13 +97,15 @@ class IssuedCertificates:
 class Report:
     """What an agent says: how far its broker was seen to obey, by a page that it was given, or what is wrong.
 
-    ``presence`` is the session in which it has told all of who is connected, ``None`` if it has not.
+    ``presence`` is the session in which it has told all of who is connected, ``None`` if it has not; ``run`` the id of
+    the agent's run.
     """
 
     generation: int
     digest: str
     problem: str | None
     presence: str | None = None
+    run: str = OF_BEFORE
 
 
 class BrokerAgents:
@@ -270,15 +273,29 @@ class BrokerAgents:
             signer.issuer, request.public_key, device_id=identity, now=now, days=PROBE_DAYS, pki_url=url
         )
 
+    def take_run(self, record: AgentRecord, run: str) -> None:
+        """Take in that a run of an agent asks for something; raise ``StateConflict`` if another one has begun since."""
+        if record.is_run_by(run) or record.copied_since is not None:
+            return
+        with self._database.transaction(sees=ALL_TENANTS) as tx:
+            brokers.take_turns(tx)
+            current = agents.get_agent(tx, record.broker_id)
+            refusal = None if current is None else take_run(tx, current, run, at=self._clock())
+        if refusal is not None:
+            raise StateConflict(refusal)
+
     def report(self, record: AgentRecord, report: Report) -> bool:
         """Take in how far the broker of an agent was seen to obey; return whether it is known who is connected there.
 
         Raise ``StateConflict`` for a page of changes that the agent was not given, or that was not the last one up to
-        its generation, by which nothing is enforced.
+        its generation, by which nothing is enforced; and whatever it says once two agents run with its key.
         """
         now = self._clock()
+        self.take_run(record, report.run)
         if report.problem is not None:
             with self._database.transaction(durable=False, sees=ALL_TENANTS) as tx:
+                brokers.take_turns(tx)
+                check_run(agents.get_agent(tx, record.broker_id), report.run)
                 brokers.set_problem(tx, record.broker_id, report.problem, at=now)
                 return _note_presence(tx, record, report, now)
         # If a power cut takes this record back, the same is reported again.
@@ -286,6 +303,7 @@ class BrokerAgents:
             brokers.take_turns(tx)
             # Read anew: a restore may just have made it forget what it was given.
             current = agents.get_agent(tx, record.broker_id)
+            check_run(current, report.run)
             page = None if current is None else current.has_shown(report.generation, report.digest)
             if current is None or page is None or not page.is_last:
                 log.error("an agent reports what it was not given", extra={"broker": record.name})
@@ -295,6 +313,19 @@ class BrokerAgents:
             knows_presence = _note_presence(tx, current, report, now)
         self._reconciler.heard_of_another()
         return knows_presence
+
+
+def check_run(record: AgentRecord | None, run: str) -> None:
+    """Raise ``StateConflict`` if an agent is not to be believed: another run has begun, or two have one key."""
+    check_not_copied(record)
+    if record is not None and not record.is_run_by(run):
+        raise StateConflict(ANOTHER_RUN)
+
+
+def check_not_copied(record: AgentRecord | None) -> None:
+    """Raise ``StateConflict`` if two agents were seen to run with one key."""
+    if record is not None and record.copied_since is not None:
+        raise StateConflict(COPIED)
 
 
 def _note_presence(tx: Connection, record: AgentRecord, report: Report, now: datetime) -> bool:

@@ -133,6 +133,8 @@ class AgentFeed:
         with self._making:
             kept = self._kept
             applied = record.applied_generation  # 0 of a broker that was never seen to obey
+            if record.copied_since is not None:  # since then each of two agents may have proven for the other
+                applied = record.copied_since
             cut_since = max(applied, min(ends, start.generation)) if applied else 0
             fits = kept is not None and (kept.since, kept.cut_since) == (start.generation, cut_since)
             if kept is not None and fits and kept.page.newest == self._newest():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,14 @@ from broker.guard.journal import read_access, read_position
 from broker.restarts import BrokerRestarts
 from broker_provisioning import BrokerProvisioning
 from core.boot import boot_id, boot_seconds
-from core.errors import BrokerUnavailable, ClientCertificateRefused, ProjectionInvalid, StartupError, Unavailable
+from core.errors import (
+    BrokerUnavailable,
+    ClientCertificateRefused,
+    ProjectionInvalid,
+    StartupError,
+    StateConflict,
+    Unavailable,
+)
 from operations.agent import agent as agents
 from operations.agent import folder
 from operations.agent.agent import Agent
@@ -443,6 +451,34 @@ def test_an_older_database_is_not_believed_until_a_restore_has_said_that_it_is_m
     again.look()
     assert read_access(place.journal)[device] == f"allow {device}"
     assert applied(portal) == again.state.mark.generation == newest(portal)
+
+
+def test_agents_from_copies_of_one_folder_are_noticed_and_a_restart_is_none(
+    portal: Portal, place: Place, guard: GuardStub, tmp_path: Path
+) -> None:
+    agent = place.agent()
+    agent.follow(0)
+    restarted = place.agent()
+    restarted.look()
+    assert state(portal).problem is None
+    shutil.copytree(place.journal.parents[1], tmp_path / "copy", ignore=shutil.ignore_patterns("portal.sock"))
+    copy = place.agent(PORTAL_DATA_DIR=str(tmp_path / "copy"))
+    assert not copy.follow(0)  # it has all there is
+    for _ in range(2):
+        with pytest.raises(StateConflict, match="Another run"):
+            restarted.follow(0)
+    assert state(portal).problem is None
+    restarted.follow(0)
+    assert (state(portal).applied_generation, "agent join --again" in (state(portal).problem or "")) == (0, True)
+    once_more = place.agent()
+    with pytest.raises(StateConflict, match="Two agents"):
+        once_more.look()
+    assert applied(portal) == 0
+
+
+def state(portal: Portal) -> brokers.BrokerRecord:
+    with portal.database.snapshot(sees=ALL_TENANTS) as tx:
+        return brokers.get_broker(tx, "edge")
 
 
 def set_back(portal: Portal, generation: int) -> None:

@@ -77,8 +77,8 @@ def given_page(portal: Portal, certificate: bytes, mark: Mark = NOTHING) -> Page
     return page
 
 
-def report(portal: Portal, certificate: bytes, mark: Mark) -> None:
-    portal.agents.report(portal.agents.shown(certificate), Report(mark.generation, mark.digest, None))
+def report(portal: Portal, certificate: bytes, mark: Mark, run: str = "") -> None:
+    portal.agents.report(portal.agents.shown(certificate), Report(mark.generation, mark.digest, None, run=run))
 
 
 def state_of(portal: Portal, name: str = "edge") -> brokers.BrokerRecord:
@@ -435,6 +435,97 @@ def test_agents_at_the_same_place_get_the_same_page_once_it_was_made(portal: Por
     again = given_page(portal, one)
     assert given_page(portal, other) is again
     assert device.encode() in again.content
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+FIRST, SECOND, THIRD = ("1" * 32, "2" * 32, "3" * 32)
+
+
+def asks(portal: Portal, certificate: bytes, run: str) -> bool:
+    """Have a run of an agent ask for changes; return whether it is answered."""
+    try:
+        portal.agents.take_run(portal.agents.shown(certificate), run)
+    except StateConflict:
+        return False
+    return True
+
+
+def is_copied(portal: Portal, certificate: bytes) -> bool:
+    return portal.agents.shown(certificate).copied_since is not None
+
+
+def test_what_a_run_had_sent_before_a_restart_is_not_believed_and_makes_no_copy(portal: Portal) -> None:
+    certificate = joined(portal)
+    mark = given_page(portal, certificate).mark
+    for run in (FIRST, SECOND, THIRD):
+        assert asks(portal, certificate, run)
+        report(portal, certificate, mark, run)
+    for late in (FIRST, SECOND):
+        assert not asks(portal, certificate, late)
+        with pytest.raises(StateConflict, match="Another run"):
+            report(portal, certificate, mark, late)
+    assert not is_copied(portal, certificate)
+    report(portal, certificate, mark, THIRD)
+    assert portal.brokers.show("edge").sentence is None
+
+
+@pytest.mark.parametrize("others", [[SECOND], [SECOND, THIRD], ["", SECOND]])
+def test_of_runs_that_go_on_beside_each_other_none_is_believed(
+    portal: Portal, others: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate = joined(portal)
+    mark = given_page(portal, certificate).mark
+    report(portal, certificate, mark, FIRST)
+    assert portal.brokers.show("edge").sentence is None
+    for _ in range(3):
+        for run in (*others, FIRST):
+            asks(portal, certificate, run)
+    for run in (*others, FIRST):
+        assert asks(portal, certificate, run)  # so that both brokers learn whom to deny
+        for problem in (None, "The disk is full."):
+            said = Report(mark.generation, mark.digest, problem, run=run)
+            with pytest.raises(StateConflict, match="Two agents run with its key"):
+                portal.agents.report(portal.agents.shown(certificate), said)
+    state = portal.brokers.show("edge")
+    assert (state.standing, state.record.applied_generation) == ("pending", 0)
+    assert "agent join --again" in (state.sentence or "")
+    assert "two agents run with one key" in caplog.messages
+    assert not portal.revocations.revoke(OPERATOR, register(portal), "unspecified").enforced
+
+
+def test_whoever_was_connected_before_a_copy_began_is_still_told_to_end(portal: Portal) -> None:
+    certificate, device = joined(portal), register(portal)
+    first = given_page(portal, certificate).mark
+    report(portal, certificate, first, FIRST)
+    assert asks(portal, certificate, SECOND)
+    portal.revocations.revoke(OPERATOR, device, "unspecified")
+    report(portal, certificate, given_page(portal, certificate, first).mark, SECOND)  # of the copy's broker alone
+    for _ in range(3):
+        asks(portal, certificate, FIRST)
+    assert portal.agents.shown(certificate).copied_since == first.generation
+    assert any(text.startswith("clear ") and device in text for text in texts_of(given_page(portal, certificate)))
+
+
+def test_an_agent_that_was_put_back_to_the_version_before_is_no_copy(portal: Portal) -> None:
+    certificate = joined(portal)
+    mark = given_page(portal, certificate).mark
+    for run in ("", FIRST):
+        assert asks(portal, certificate, run)
+    assert [asks(portal, certificate, "") for _ in range(3)] == [False, False, True]
+    report(portal, certificate, mark)
+    assert not is_copied(portal, certificate)
+
+
+def test_an_agent_that_has_joined_again_after_it_was_copied_is_believed(portal: Portal) -> None:
+    copied = joined(portal)
+    for run in (FIRST, SECOND, FIRST, FIRST, FIRST):
+        asks(portal, copied, run)
+    assert is_copied(portal, copied)
+    again = joined(portal, "edge-2")
+    portal.brokers.remove(OPERATOR, "edge", "edge")
+    report(portal, again, given_page(portal, again).mark, FIRST)
+    assert portal.brokers.show("edge-2").sentence is None
 
 
 def test_a_problem_is_shown_and_gone_with_the_next_report(portal: Portal) -> None:
