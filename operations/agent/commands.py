@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -16,13 +17,15 @@ import click
 
 from config import LogFormat, Settings
 from core import logs
-from core.errors import PortalError, StartupError
+from core.errors import LockUnavailable, PortalError, StartupError
 from core.files import FileLock, private_folder
 from onboarding_portal import VERSION, streams
 from operations.agent.folder import AgentFolder, remove_leftovers_of_agent, settings_of, utc_seconds
 
 P = ParamSpec("P")
 LOCK = ".agent.lock"
+ALONE_SECONDS = 0.5  # for which agent status may have the lock
+SILENT_SECONDS = 60.0  # an agent hears of its portal every few seconds
 
 
 def _without_traceback(function: Callable[P, None]) -> Callable[P, None]:
@@ -94,9 +97,11 @@ def run_agent() -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with FileLock(settings.data_dir / LOCK).try_hold() as alone:
-        if not alone:
-            raise StartupError(f"Another agent runs on {settings.data_dir}; stop it, or set PORTAL_DATA_DIR.")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(settings.data_dir / LOCK).hold(ALONE_SECONDS))
+        except LockUnavailable:
+            raise StartupError(f"Another agent runs on {settings.data_dir}; stop it, or set PORTAL_DATA_DIR.") from None
         remove_leftovers_of_agent(settings, folder)
         while not stopping.is_set():
             Agent(settings, folder).run(stopping)
@@ -108,13 +113,17 @@ def run_agent() -> None:
 def show_status() -> None:
     """Show how far the broker obeys, and when that was known.
 
-    The exit status is 1 if something is wrong.
+    The exit status is 1 if something is wrong, also if the agent does not run.
     """
-    _, folder = _opened()
+    settings, folder = _opened()
     identity, state = folder.identity(), folder.state()
     heard = datetime.fromtimestamp(state.heard_at, UTC) if state.heard_at else None
     seconds = state.age(utc_seconds())
     age = "by a clock that was set back since" if seconds == math.inf else f"{seconds:.0f} s ago"
+    with FileLock(settings.data_dir / LOCK).try_share() as is_free:
+        missing = "does not run; start it by portal-server agent run" if is_free else ""
+    if not missing and seconds > SILENT_SECONDS:
+        missing = "hears nothing of the portal; see its link and its log"
     rows = {
         "Broker": identity.name,
         "Portal": identity.url,
@@ -122,11 +131,12 @@ def show_status() -> None:
         "Heard of portal": f"{heard:%Y-%m-%d %H:%M:%S} UTC, {age}" if heard else "never",
         "Devices": "all denied, since the portal was not heard for long" if state.denies_all else "",
         "Problem": state.problem,
+        "Agent": missing,
     }
     for title, text in rows.items():
         if text:
             click.echo(f"{title:<16} {text}")
-    if state.problem or state.denies_all:
+    if state.problem or state.denies_all or missing:
         raise SystemExit(1)
 
 

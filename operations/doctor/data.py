@@ -31,6 +31,7 @@ from store.issuers import IssuerRecord
 from store.names import living_names
 from store.tables import Delivery
 from workflows.audit import KEY_FOLDER, problem_of
+from workflows.brokers import states_of
 from workflows.credentials import own_names
 from workflows.other_brokers import NONE_COUNTS
 from workflows.profiles import list_profiles
@@ -218,8 +219,11 @@ def generation(installation: Installation) -> Finding:
     while True:
         with installation.snapshot() as tx:
             state, behind = generations.get_broker_state(tx), brokers.behind(tx, wanted)
-            several = len(brokers.list_brokers(tx)) > 1
+            states = states_of(tx, installation.clock())
         if state.applied_generation >= wanted:
+            silent = [one.sentence for one in states if one.is_silent and one.sentence]
+            if silent:
+                return warning(" ".join(silent), "All it has proven stays enforced; the next change is pending there.")
             who = "The broker enforces" if installation.settings.has_broker else "The brokers elsewhere enforce"
             return well(f"{who} generation {state.applied_generation}.")
         if time.monotonic() >= deadline:
@@ -227,7 +231,7 @@ def generation(installation: Installation) -> Finding:
         time.sleep(0.1)
     if not behind:
         return problem(NONE_COUNTS, "docs/how-to/edge.md says how an agent joins.")
-    if several or not installation.settings.has_broker:
+    if len(states) > 1 or not installation.settings.has_broker:
         return problem(
             f"Generation {wanted} is not enforced yet at {', '.join(behind)}: revocations made since"
             f" {state.applied_generation} are not in force there.",

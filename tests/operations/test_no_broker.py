@@ -130,7 +130,7 @@ def test_metrics_have_no_broker_of_its_own(portal: Portal) -> None:
     assert [labels for labels, _ in servers] == [["portal"]]
 
 
-def test_the_doctor_speaks_of_the_brokers_elsewhere_alone(portal: Portal) -> None:
+def test_the_doctor_speaks_of_the_brokers_elsewhere_alone(portal: Portal, clock: Clock) -> None:
     def examined() -> dict[str, tuple[State, str]]:
         return {one.name: (one.state, one.detail) for one in examine(portal.settings, portal.clock)}
 
@@ -142,6 +142,9 @@ def test_the_doctor_speaks_of_the_brokers_elsewhere_alone(portal: Portal) -> Non
     assert "at edge" in examined()["generation"][1]
     proves(portal)
     assert examined()["generation"][0] is State.OK
+    clock.advance(seconds=61)
+    state, said = examined()["generation"]
+    assert (state, "edge: Its agent has not reported since" in said) == (State.WARNING, True)
 
 
 def test_the_doctor_asks_ocsp_about_the_portals_own_certificate(

@@ -153,3 +153,26 @@ def test_each_act_is_recorded(portal_of_two: Portal, clock: Clock) -> None:
 def recorded(tx: Connection) -> list[str]:
     entries = audit.list_audit_entries(tx, "default", limit=50, filters={"object": "broker:edge-1"})
     return [entry.action for entry in entries][::-1]
+
+
+def test_an_agent_that_is_not_heard_of_is_named_and_what_it_has_proven_stays(
+    portal_of_two: Portal, clock: Clock
+) -> None:
+    reports(portal_of_two)
+    clock.advance(seconds=30)
+    assert portal_of_two.brokers.show("edge-1").problem is None
+    clock.advance(seconds=31)
+    state = portal_of_two.brokers.show("edge-1")
+    assert (state.standing, state.code) == ("enforced", "broker_silent")
+    for said in (state.problem, state.sentence):
+        assert "Its agent has not reported since" in (said or "")
+    assert portal_of_two.brokers.show("main").sentence is None  # nobody reports about it but the portal itself
+    with portal_of_two.database.transaction() as tx:
+        brokers.set_problem(tx, state.record.id, None, at=clock())
+    assert portal_of_two.brokers.show("edge-1").sentence is None
+
+
+def test_one_that_is_away_is_not_missed(portal_of_two: Portal, clock: Clock) -> None:
+    portal_of_two.brokers.declare_away(OPERATOR, "edge-1", "The site is closed")
+    clock.advance(days=1)
+    assert portal_of_two.brokers.show("edge-1").problem is None

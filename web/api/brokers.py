@@ -38,7 +38,8 @@ class BrokerModel(AnswerModel):
 
     `state`: `enforced` if it was seen to enforce `generation`, the newest, else `pending`; `away` if it was declared
     away, and `invited` if it has not joined: then it does not count. `told_by` is who tells it, a `node` of the portal
-    or an `agent`. `problem` is why it is behind, as last heard at `reported_at`.
+    or an `agent`. `problem` is why it is behind, as last heard at `reported_at`, or that its agent has not
+    reported for a minute.
     """
 
     name: BrokerName
@@ -123,7 +124,7 @@ def _model(state: BrokerState) -> BrokerModel:
         enforced_generation=record.applied_generation,
         enforced_at=record.applied_at,
         reported_at=record.reported_at,
-        problem=record.problem,
+        problem=state.problem,
         away_since=record.away_since,
         joined_at=record.joined_at,
         created_at=record.created_at,

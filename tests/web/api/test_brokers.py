@@ -13,7 +13,7 @@ from core.states import BrokerKind
 from operations.wiring import Portal
 from store import brokers
 from tests.support.brokers import enforce_all
-from tests.support.harness import Api, api_as, problem_of
+from tests.support.harness import Api, Clock, api_as, problem_of
 
 
 @pytest.fixture
@@ -98,3 +98,22 @@ def test_metrics_have_a_value_for_each(system: Api, two: Portal) -> None:
     assert 'portal_broker_counts{broker="edge-1"} 1.0' in text
     assert 'portal_broker_generation_enforced{broker="edge-1"} 0.0' in text
     assert "portal_generation_enforced 0.0" in text
+
+
+def test_an_agent_that_is_silent_or_has_not_joined_is_said_in_readyz_and_makes_nothing_unready(
+    system: Api, two: Portal, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(two.reconciler), "broker_answers", lambda _: True)
+    with two.database.transaction() as tx:
+        brokers.add_broker(tx, "edge-2", BrokerKind.AGENT, at=two.clock(), joined=False)
+        enforce_all(tx)
+        brokers.set_problem(tx, brokers.get_broker(tx, "edge-1").id, None, at=two.clock())
+    clock.advance(seconds=61)
+    answer = system.get("/readyz")
+    found = {check["name"]: check for check in answer.json["checks"]}
+    assert answer.status_code == 200
+    assert found["broker main"]["ok"]
+    assert found["broker edge-1"]["code"] == "broker_silent"
+    assert found["broker edge-2"]["code"] == "broker_invited"
+    assert "has not reported since" in system.get("/brokers/edge-1").json["problem"]
+    assert states(system)["edge-1"] == "enforced"

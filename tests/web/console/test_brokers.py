@@ -11,7 +11,7 @@ from core.states import BrokerKind
 from store import brokers
 from tests.support.brokers import enforce_all
 from tests.support.browser import Browser, logged_in_as, text_of
-from tests.support.harness import ON_SQLITE
+from tests.support.harness import ON_SQLITE, Clock
 
 pytestmark = ON_SQLITE
 BROKERS = "/ui/access/brokers"
@@ -41,6 +41,14 @@ def test_one_is_declared_away_and_back_on_the_page_that_lists_them(app: Flask, s
     assert counted(app) == {"main": True, "edge-1": False}
     assert system.post(f"{BROKERS}/edge-1/back").headers["Location"] == BROKERS
     assert counted(app) == {"main": True, "edge-1": True}
+
+
+def test_an_agent_that_is_not_heard_of_is_named(app: Flask, system: Browser, clock: Clock) -> None:
+    with portal_of(app).database.transaction() as tx:
+        enforce_all(tx)
+    assert "has not reported since" not in text_of(system.get(BROKERS).text)
+    clock.advance(seconds=61)
+    assert "Its agent has not reported since" in text_of(system.get(BROKERS).text)
 
 
 def test_the_last_one_that_counts_is_not_offered_to_be_declared_away(app: Flask, system: Browser) -> None:
