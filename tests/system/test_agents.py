@@ -418,3 +418,17 @@ def revoked_on_a_bad_link(portal: Deployment, edge: Edge, namespace: LossyNamesp
     edge.wait_enforced()
     assert all(is_denied(edge.here(device)) for device in devices)
     return answers
+
+
+@pytest.mark.long
+def test_a_broker_with_another_host_is_restarted_to_show_it(portal: Deployment, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    with edge_of(portal, "moved", PORTAL_BROKER_RESTART=f"touch {asked}") as edge:
+        answer = portal.call("PATCH", "/brokers/moved", {"address": f"127.0.0.1:{edge.port}"})
+        assert answer.status_code == 200, answer.text
+        revoke(portal, portal.onboard("told-with"))  # the agent hears of its new address with the next CRL
+        wait_until(lambda: "if the name was changed, restart the broker" in (edge.record().problem or ""))
+        wait_until(asked.exists)
+        edge.broker.restart()
+        wait_until(lambda: edge.record().problem is None)
+        edge.wait_enforced()
