@@ -362,6 +362,23 @@ def is_denied_now(device: Onboarded) -> bool:
         return True
 
 
+@pytest.mark.long
+def test_while_a_copy_of_the_agent_runs_nothing_is_called_enforced(hasty: Deployment) -> None:
+    with edge_of(hasty) as edge:
+        device, later = hasty.onboard("pump-1"), hasty.onboard("pump-2")
+        assert revoke(hasty, device)["broker"] == "enforced"
+        copy = Edge(hasty, edge.name)
+        shutil.copytree(edge.data, copy.data, ignore=shutil.ignore_patterns("*.sock"))
+        try:
+            copy.start_agent()
+            wait_until(lambda: "Two agents run with its key" in (edge.record().problem or ""))
+            assert edge.agent is not None
+            edge.agent.send_signal(signal.SIGSTOP)
+            assert revoke(hasty, later)["broker"] == "pending"
+        finally:
+            copy.close()
+
+
 @contextmanager
 def linked(portal: Deployment, **environment: str) -> Iterator[tuple[Edge, Link]]:
     """An edge that reaches the portal's listener for agents through a link which the test cuts."""
