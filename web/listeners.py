@@ -247,6 +247,7 @@ class ClientSocket(ssl.SSLSocket):
 
     def setblocking(self, flag: bool) -> None:
         """Begin to count the time of a request: gunicorn calls this before it reads one."""
+        self.wanted = None  # of an upload on this connection before
         self.extend()
         self.settimeout(self.patience if flag else 0.0)
 

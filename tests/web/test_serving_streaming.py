@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.serving_process import CHUNKED, Server, facts, is_closed, request, response, running
+from web.listeners import LOOK_UP
 
 BULK = "/register/bulk"
 KIB = b"x" * 1024
@@ -150,4 +152,17 @@ def test_an_upload_ends_with_the_server() -> None:
         assert answer.readline() == b"1024\n"
         server.process.send_signal(signal.SIGTERM)
         assert answer.read() == b"stopping"
+        assert server.process.wait(10) == 0
+
+
+def test_a_request_after_an_upload_is_answered_though_the_server_is_told_to_stop_while_it_arrives() -> None:
+    with running() as server, server.tls() as client:
+        client.sendall(upload(body=chunk(b"abc") + b"0\r\n\r\n"))
+        assert response(client, "POST").read() == b"3\n"
+        head = request("/next")
+        client.sendall(head[:9])
+        server.process.send_signal(signal.SIGTERM)
+        assert not select.select([client], [], [], 3 * LOOK_UP)[0]  # it is waited for, and not refused
+        client.sendall(head[9:])
+        assert facts(client)["path"] == "/next"
         assert server.process.wait(10) == 0
