@@ -30,7 +30,8 @@
       Gone                                410
         LinkUsed  LinkExpired  LinkRevoked
       Unavailable                         503
-        PortalStopping  UploadsBusy  LockUnavailable  IssuerUnusable  TokenUnavailable
+        PortalStopping  UploadsBusy  LockUnavailable  IssuerUnusable
+        TokenUnavailable
           TokenKeyUnavailable
         DatabaseUnavailable
           DatabaseInUse
