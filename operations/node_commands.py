@@ -62,7 +62,7 @@ def _ask_code() -> str:
 )
 @without_traceback
 def show_nodes(remove: str | None, change: str | None) -> None:
-    """List nodes and the settings in which they differ; or forget one."""
+    """List nodes and settings that differ; or forget one."""
     with opened_portal() as portal:
         if change is not None:
             actor = audit.system_actor(portal.first_tenant)
