@@ -182,8 +182,10 @@ class GuardControl(JournalControl, Mosquitto):
             self._distrusted = True
             raise BrokerUnavailable(f"{self.files.journal} is not what the portal wrote; it is written again.")
         try:
-            with Session(connect_unix(self._settings.broker_socket, deadline), deadline + _REASON_SECONDS) as session:
-                self._prove(session, position, refused, deadline)
+            try:
+                self._ask(position, refused, deadline)
+            except ConnectionResetError:  # seen once in some thousand new connections of a Mosquitto that went on
+                self._ask(position, refused, deadline)
         except OSError as error:
             raise unavailable(self._settings, error) from error
         return position.generation
@@ -194,6 +196,10 @@ class GuardControl(JournalControl, Mosquitto):
 
     def check_resumption(self, generation: int, how: Callable[[], Resumption]) -> None:
         """Do nothing: the guard sees the certificate of a resumed session, too."""
+
+    def _ask(self, position: Position, refused: str | None, deadline: float) -> None:
+        with Session(connect_unix(self._settings.broker_socket, deadline), deadline + _REASON_SECONDS) as session:
+            self._prove(session, position, refused, deadline)
 
     def _prove(self, session: Session, position: Position, refused: str | None, deadline: float) -> None:
         """Ask all at once, and make the journal durable meanwhile.

@@ -412,6 +412,16 @@ def test_a_guard_that_does_not_know_the_portal_is_told(place: Place) -> None:
             place.broker.enforce(1, soon())
 
 
+def test_a_connection_that_is_reset_is_made_once_more(place: Place) -> None:
+    place.install()
+    with place.stub() as stub:
+        stub.resets = 1
+        assert place.control.enforce(place.generation, soon()) == place.generation
+        stub.resets = 2
+        with pytest.raises(BrokerUnavailable, match="Connection reset by peer"):
+            place.control.enforce(place.generation, soon())
+
+
 def test_a_broker_that_does_not_run_is_told(place: Place) -> None:
     place.install()
     with pytest.raises(BrokerUnavailable, match=r"portal\.sock"):
