@@ -151,7 +151,7 @@ class Settings(BaseSettings):
         "Names and addresses in the portal's certificate; localhost,127.0.0.1 if empty and it is the portal's own",
     )
     workers: Annotated[int, count(1, 64)] = setting(
-        "2", "Worker processes of each of the two listeners; best is one for each processor"
+        "2", "Worker processes of each of the two listeners; best is one for each processor, which it then keeps to"
     )
     threads: Annotated[int, count(1, 128)] = setting("8", "Threads in each worker process")
     max_connections: Annotated[int, count(16, 65536)] = setting("1000", "Open connections in each worker process")

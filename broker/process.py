@@ -13,6 +13,7 @@ from pathlib import Path
 from broker.session import remaining
 from config import Settings
 from core.errors import BrokerUnavailable
+from core.processors import on_any
 
 log = logging.getLogger("portal.broker")
 
@@ -66,14 +67,15 @@ def started_at(settings: Settings) -> float:
 def run_command(variable: str, command: str, deadline: float) -> None:
     """Run the command of a setting, split as a shell would but without one; raise ``BrokerUnavailable`` if it fails."""
     try:
-        done = subprocess.run(  # noqa: S603 - the operator's own setting, and no shell
-            shlex.split(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=remaining(deadline),
-            check=False,
-        )
+        with on_any():  # it may start the broker
+            done = subprocess.run(  # noqa: S603 - the operator's own setting, and no shell
+                shlex.split(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=remaining(deadline),
+                check=False,
+            )
     except (OSError, ValueError) as error:
         raise BrokerUnavailable(f"The command in {variable} could not be run; check its spelling.") from error
     except subprocess.TimeoutExpired as error:

@@ -26,6 +26,7 @@ from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import ThreadWorker
 
 from config import Settings
+from core import processors
 from core.errors import PortalError, StartupError
 from core.setting_values import Address
 from web.listeners import ClientSocket, RequestBody, ServerTls, allow_open_files, listen, listen_again, stop_listening
@@ -209,6 +210,7 @@ class _Worker(ThreadWorker):
     """gunicorn's, which else lets the kernel take connections while it stops, and resets them, and miscounts them."""
 
     nr_conns: int
+    number = 0  # from 0, no other worker's of the same gunicorn
 
     def set_accept_enabled(self, enabled: bool) -> None:
         """Also take what waits before it listens no more."""
@@ -379,14 +381,15 @@ class _Gunicorn(BaseApplication):
             os.kill(os.getpid(), signal.SIGIO)
 
     def _pre_fork(self, server: Any, worker: Any) -> None:
-        """In the master: give a new worker one of the TCP listeners, which no worker has, for itself.
+        """In the master: give a new worker a number, and one of the TCP listeners for itself, that no other worker has.
 
         Workers that accept from one socket share badly, since the one woken first takes all that waits. The master
         keeps the listener open, so that what waits there for a worker that ended is answered by the next one.
         """
+        taken = {other.number for other in server.WORKERS.values()}
+        worker.number = next(number for number in range(self._settings.workers) if number not in taken)
         if (count := len(self._bound)) > 1:
-            taken = [other.sockets[0] for other in server.WORKERS.values()]
-            own = next(listener for listener in server.LISTENERS[:count] if listener not in taken)
+            own = server.LISTENERS[worker.number]
             worker.sockets = [own, *server.LISTENERS[count:]]  # the rest is what systemd has passed
 
     def _post_fork(self, server: Any, worker: Any) -> None:
@@ -402,6 +405,7 @@ class _Gunicorn(BaseApplication):
         self._worker = worker
         own = worker.sockets[0] if len(self._bound) > 1 else None
         self._start.work(self._app, self._listener, own)
+        processors.keep_to_one(worker.number, self._settings.workers)  # the threads for requests, which start at need
         for listener in worker.sockets:
             listen_again(listener)  # as it does already, unless the worker before was told to end, or could not start
 

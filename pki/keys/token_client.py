@@ -19,6 +19,7 @@ from typing import Any
 
 from core.errors import TokenKeyUnavailable, TokenUnavailable
 from core.pkcs11_uri import TOKEN_ATTRIBUTES, TokenUri
+from core.processors import on_any
 
 log = logging.getLogger("portal.token")
 
@@ -182,15 +183,16 @@ class TokenClient:
             # The settings may hold secrets; the rest of the environment may be for the module.
             environment = {name: value for name, value in os.environ.items() if not name.startswith("PORTAL_")}
             try:
-                popen = subprocess.Popen(  # noqa: S603 - the interpreter, and a program of the portal
-                    [sys.executable, "-I", str(PROGRAM), str(theirs.fileno())],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env=environment,
-                    start_new_session=True,
-                )
+                with on_any():
+                    popen = subprocess.Popen(  # noqa: S603 - the interpreter, and a program of the portal
+                        [sys.executable, "-I", str(PROGRAM), str(theirs.fileno())],
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        pass_fds=[theirs.fileno()],
+                        env=environment,
+                        start_new_session=True,
+                    )
             except OSError as error:
                 raise TokenUnavailable(
                     self._sentence(f"cannot be asked: no process can be started ({error.strerror})")

@@ -67,6 +67,7 @@ def facts(environ: dict[str, Any], body: bytes) -> dict[str, Any]:
         "address": environ["REMOTE_ADDR"],
         "tls": getattr(environ["gunicorn.socket"], "version", lambda: None)(),
         "process": os.getpid(),
+        "processors": sorted(os.sched_getaffinity(0)),
         "certificate": hashlib.sha256(shown_certificate(environ["gunicorn.socket"])).hexdigest(),
     }
 

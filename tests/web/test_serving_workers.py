@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
 
 from core.errors import StartupError
+from core.processors import AVAILABLE
 from core.setting_values import Address
 from tests.support.deployment import wait_until
 from tests.support.serving_process import Server, children, facts, request, running
@@ -53,6 +54,17 @@ def stopped(processes: list[int]) -> Iterator[None]:
                 os.kill(process, signal.SIGCONT)
 
 
+@contextlib.contextmanager
+def on_two_processors(processors: Set[int]) -> Iterator[None]:
+    """What is started in the body of the ``with`` has these processors."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def opened(server: Server, port: int, stack: contextlib.ExitStack) -> list[socket.socket]:
     return [stack.enter_context(server.tcp(port)) for _ in range(CONNECTIONS)]
 
@@ -67,6 +79,18 @@ def answered_by(server: Server, clients: list[socket.socket], stack: contextlib.
         secured.sendall(request())
         counts[facts(secured)["process"]] += 1
     return counts
+
+
+@pytest.mark.skipif(len(AVAILABLE) < 2, reason="one processor")
+def test_each_worker_keeps_to_a_processor_of_its_own_if_there_are_as_many() -> None:
+    two = {*sorted(AVAILABLE)[:2]}
+    with on_two_processors(two), running(workers=2) as server, contextlib.ExitStack() as stack:
+        own: dict[int, list[int]] = {}
+        for client in opened(server, server.pki_port, stack):
+            client.sendall(request())
+            answer = facts(client)
+            assert own.setdefault(answer["process"], answer["processors"]) == answer["processors"]
+    assert sorted(own.values()) == [[processor] for processor in sorted(two)]
 
 
 @pytest.mark.parametrize("listener", ["port", "pki_port"])

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 
 from config import Settings
 from core.errors import PortalError, TokenUnavailable, Unavailable
+from core.processors import on_any
 from core.topics import Topic
 from pki.profiles import CertificateTerms
 from store.database import Database
@@ -98,7 +99,8 @@ class _Pool:
 
     def submit(self, jobs: Sequence[CredentialJob]) -> list[Future[list[Result]]]:
         pieces = (jobs[start : start + PIECE] for start in range(0, len(jobs), PIECE))
-        return [self.executor.submit(_issue_here, piece) for piece in pieces]
+        with on_any():  # here the processes are started
+            return [self.executor.submit(_issue_here, piece) for piece in pieces]
 
     def close(self, *, wait: bool = True) -> None:
         """End the processes: with ``wait`` once they have done what they are at, else at once."""
