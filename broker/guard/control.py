@@ -38,6 +38,7 @@ from core.failpoints import failpoint
 TOPIC = "portal/guard"  # below it the portal asks the guard; the answer is the reason code of PUBACK
 GUARD_VERSION = 2  # of the protocol with the plugin, which may speak a later one, too
 TENANTS_VERSION = 3  # that of a plugin which knows tenants
+NEWS_VERSION = 4  # that of a plugin which reads what is new in the journal before it refuses somebody
 
 # Each CRL that the broker takes in stays in its memory until it ends, 0.2 MB for 1,000 entries, and the guard refuses
 # revoked certificates anyway: so they come in batches, a long one every few minutes, a short one after seconds, or

@@ -218,6 +218,14 @@ static void look_at_candidate(const struct stat *now, bool asked)
 
 /* --- The file in force ------------------------------------------------------------------------------------------ */
 
+static void follow_force(void)
+{
+    if (!journal_follow(guard.force, guard.listener.lost)) {
+        guard.damage = guard.force->fault;
+    }
+    keep_portal(guard.force);
+}
+
 static void look_at_force(const struct stat *now)
 {
     drop_candidate(); /* there was another file for a while */
@@ -232,10 +240,17 @@ static void look_at_force(const struct stat *now)
         }
         return;
     }
-    if (!journal_follow(guard.force, guard.listener.lost)) {
-        guard.damage = guard.force->fault;
+    follow_force();
+}
+
+bool guard_catch_up(void)
+{
+    if (!guard_is_good() || !journal_has_more(guard.force)) {
+        return false;
     }
-    keep_portal(guard.force);
+    follow_force();
+    tell();
+    return true;
 }
 
 void guard_look(bool asked)

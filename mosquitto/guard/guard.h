@@ -24,6 +24,11 @@ void guard_close(void);
  * changed is then read again at once; else, as that takes a second for a million identities, only every so often. */
 void guard_look(bool asked);
 
+/* Read what was appended to the file in force since it was last read, before somebody is refused by it; say whether there
+ * was something. Without that it costs one system call, so that it may be done in each check that refuses. What is in force
+ * stays so until `guard_look`, also if another file is at the path now. Pointers into the registry are stale afterwards. */
+bool guard_catch_up(void);
+
 /* Return what is in force, damaged or not; NULL if nothing good was read since the start. */
 const struct registry *guard_registry(void);
 

@@ -195,3 +195,11 @@ bool journal_is_overwritten(const struct journal *journal, const struct stat *no
     return journal->seen.st_size == now->st_size && !is_same_time(&journal->seen, now) &&
            journal->offset == now->st_size;
 }
+
+bool journal_has_more(const struct journal *journal)
+{
+    struct stat now;
+
+    return fstat(journal->fd, &now) == 0 && !journal_is_unchanged(journal, &now) &&
+           !journal_is_overwritten(journal, &now);
+}

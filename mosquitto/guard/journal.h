@@ -49,4 +49,8 @@ bool journal_is_unchanged(const struct journal *journal, const struct stat *now)
 /* Say whether bytes may have been replaced that were read before: it was written to, and is as long as it was. */
 bool journal_is_overwritten(const struct journal *journal, const struct stat *now);
 
+/* Say whether there may be lines in the opened file that were not read, and none that was read has been replaced. It costs
+ * one system call. The path, by which another file may be found meanwhile, is not looked at. */
+bool journal_has_more(const struct journal *journal);
+
 #endif

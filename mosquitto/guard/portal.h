@@ -6,7 +6,7 @@
 
 #include <stdbool.h>
 
-#define GUARD_VERSION 3  /* of the protocol with the portal; raised with each change of it */
+#define GUARD_VERSION 4  /* of the protocol with the portal; raised with each change of it */
 #define OLDEST_VERSION 2 /* the first one that this one includes: a portal that asks for it is answered as before */
 
 /* Decide a check of the broker's for the portal's own connection. */

@@ -44,6 +44,7 @@ struct claim {
     bool suspended;      /* whether it may do nothing because its tenant is suspended */
     bool may_end;        /* whether its connection can be ended by the answer to this check */
     bool ended;          /* whether it is */
+    bool is_up_to_date;  /* whether the newest lines of the journal were read for it */
     struct certificate certificate;
 };
 
@@ -304,12 +305,43 @@ static void admit(const struct mosquitto *client, struct claim *claim)
     }
 }
 
-/* Decide whether the client may do anything at all. */
+static enum verdict judge(struct mosquitto *client, struct claim *claim);
+
+/* Say whether the newest lines of the journal are to be read before a client is refused or left to others: once for a
+ * check, and while the broker asks about sessions of those that are being kicked not at all. */
+static bool has_news_for(struct claim *claim)
+{
+    if (claim->is_up_to_date || kicks_going_on()) {
+        return false;
+    }
+    claim->is_up_to_date = true;
+    return guard_catch_up();
+}
+
+static void begin_claim(const struct mosquitto *client, struct claim *claim)
+{
+    claim->name = name_of(client);
+    claim->identity = NULL;
+    claim->refusal = NULL;
+    claim->kick = claim->foreign = claim->suspended = false;
+}
+
+static enum verdict judge_anew(struct mosquitto *client, struct claim *claim)
+{
+    begin_claim(client, claim);
+    return judge(client, claim);
+}
+
+/* Decide whether the client may do anything at all. Nobody with a certificate, or who is told apart by a name alone, is
+ * refused because of lines that were written and not read: the portal gives out credentials once they are written. */
 static enum verdict judge(struct mosquitto *client, struct claim *claim)
 {
     enum verdict verdict = identify(client, claim);
     enum standing standing;
 
+    if (verdict != GRANTED && claim->has_certificate && has_news_for(claim)) {
+        return judge_anew(client, claim);
+    }
     if (verdict == NOT_OURS) {
         return NOT_OURS;
     }
@@ -327,6 +359,9 @@ static enum verdict judge(struct mosquitto *client, struct claim *claim)
     }
     claim->identity = registry_find(guard_registry(), claim->name);
     standing = registry_standing_of(guard_registry(), claim->identity);
+    if (standing != ALLOWED && has_news_for(claim)) {
+        return judge_anew(client, claim);
+    }
     if (standing != ALLOWED) {
         claim->suspended = standing == SUSPENDED;
         if (claim->has_certificate && !kicks_going_on()) {
@@ -346,10 +381,7 @@ static enum verdict judge_client(struct mosquitto *client, struct claim *claim)
     enum verdict verdict = GRANTED;
 
     claim->x509 = mosquitto_client_certificate(client);
-    claim->name = name_of(client);
-    claim->identity = NULL;
-    claim->refusal = NULL;
-    claim->kick = claim->foreign = claim->suspended = false;
+    begin_claim(client, claim);
     claim->has_certificate = claim->x509 != NULL;
     if (claim->name == NULL || !is_still_admitted(client, claim)) {
         verdict = judge(client, claim);
@@ -413,7 +445,7 @@ static bool is_right_password(const char *password)
     return guard_is_portal(given);
 }
 
-/* Say whether nobody but a device, or the portal, may connect with this name as user or client id. */
+/* Say whether nobody but a device, or the portal, may connect with this name as user or client id, by what was read. */
 static bool is_taken(const char *name)
 {
     return name != NULL && (is_known(name) || presence_is_recipient(name));
@@ -441,6 +473,7 @@ enum verdict verdict_of_method(struct mosquitto *client)
 {
     const char *username = mosquitto_client_username(client), *id = mosquitto_client_id(client);
 
+    (void)guard_catch_up(); /* a name that was told just now is taken */
     if (is_taken(username) || is_taken(id) || clients_note(client, PLAIN, NULL) == NULL) {
         log_refusal("A client without a certificate is not let in as user %s, client id %s: that is a device's.",
             username == NULL ? "(none)" : username, id == NULL ? "(none)" : id);

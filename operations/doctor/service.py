@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from broker.guard.control import GUARD_VERSION, TENANTS_VERSION
+from broker.guard.control import GUARD_VERSION, NEWS_VERSION
 from core.broker_control import ControlKind
 from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, warning, well
 from operations.doctor.broker import running_broker
@@ -171,8 +171,8 @@ def plugin_mistakes(plugin: Path | None, maps: str, root: Path = Path("/")) -> I
     spoken = re.search(rb"portal-guard protocol (\d+)\0", content)
     if spoken is None:
         yield problem(f"{plugin} is not the portal's guard, or an old version of it.", _BUILD)
-    elif not GUARD_VERSION <= int(spoken[1]) <= TENANTS_VERSION:
-        yield problem(f"The guard {plugin} is of version {int(spoken[1])}, the portal's is {TENANTS_VERSION}.", _BUILD)
+    elif not GUARD_VERSION <= int(spoken[1]) <= NEWS_VERSION:
+        yield problem(f"The guard {plugin} is of version {int(spoken[1])}, the portal's is {NEWS_VERSION}.", _BUILD)
     elif _COMPARES_KEYS not in content:
         yield warning(f"The guard {plugin} compares CAs by their names alone: it is older than the portal.", _BUILD)
     if re.search(rf"/{re.escape(plugin.name)} \(deleted\)$", maps, re.MULTILINE):

@@ -191,7 +191,7 @@ def test_proofs_are_of_the_epoch_in_force_and_of_lines_that_were_read(broker: Gu
     assert broker.ask("prove/1/0")
     for question in (
         f"prove/1/{sequence + 1}", f"prove/0/{sequence}", f"prove/01/{sequence}", f"prove/1/{sequence}/", "prove/1",
-        "prove/1/-1", "prove/1/x", "prove", f"prove/1/{1 << 64}", "refused", "unknown", "version/4", "version",
+        "prove/1/-1", "prove/1/x", "prove", f"prove/1/{1 << 64}", "refused", "unknown", "version/5", "version",
         "version/1", "epoch/x", f"identify/{uuid.uuid4()}", "identify", "identify/a/b", "x" * 500,
     ):  # fmt: skip
         assert not broker.ask(question)

@@ -255,12 +255,15 @@ static void fuzz_damage(void)
         default:
             write_file(path, file_length);
         }
-        switch (below(3)) {
+        switch (below(4)) {
         case 0:
             (void)guard_prove(epoch + below(5) / 4, below((unsigned)line_count + 1));
             break;
         case 1:
             (void)guard_confirm(epoch);
+            break;
+        case 2:
+            (void)guard_catch_up();
             break;
         default:
             guard_look(below(2) == 0);

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.guard.control import GUARD_VERSION, TENANTS_VERSION
+from broker.guard.control import GUARD_VERSION, NEWS_VERSION
 from config import Settings
 from operations.doctor import service
 from operations.doctor.base import Finding, State
@@ -144,13 +144,20 @@ def test_the_guard_that_is_built_is_the_one_that_the_portal_speaks_to() -> None:
     assert [*plugin_mistakes(guard_library(), "")] == []
 
 
+@pytest.mark.parametrize("version", range(GUARD_VERSION, NEWS_VERSION + 1))
+def test_a_guard_that_speaks_less_than_the_newest_version_is_no_mistake(tmp_path: Path, version: int) -> None:
+    content = b"portal-guard protocol %d\0portal-guard compares keys of CAs\0" % version
+    (tmp_path / "portal_guard.so").write_bytes(content)
+    assert [*plugin_mistakes(tmp_path / "portal_guard.so", "")] == []
+
+
 @pytest.mark.parametrize(
     ("content", "maps", "named"),
     [
         (
-            b"portal-guard protocol %d\0" % (TENANTS_VERSION + 1),
+            b"portal-guard protocol %d\0" % (NEWS_VERSION + 1),
             "",
-            f"is of version {TENANTS_VERSION + 1}, the portal's is",
+            f"is of version {NEWS_VERSION + 1}, the portal's is",
         ),
         (b"\x7fELF", "", "is not the portal's guard, or an old version of it"),
         (None, "", "cannot be read: No such file or directory"),
