@@ -67,6 +67,28 @@ def sync_milliseconds(folder: Path, times: int = 100) -> float:
     return statistics.median(taken)
 
 
+@contextlib.contextmanager
+def slower_syncs(folder: Path, milliseconds: float) -> Iterator[None]:
+    """Have programs that are started in the body of the ``with`` take so much longer for each sync.
+
+    What is measured then is what they would do on a disk whose sync takes so long, with the processors of this machine.
+    """
+    if not milliseconds:
+        yield
+        return
+    library, source = folder / "slower_sync.so", ROOT / "bench" / "slower_sync.c"
+    if not (compiler := shutil.which("cc")):
+        sys.exit("A C compiler is needed for slower syncs; install gcc.")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
+    variables = {"LD_PRELOAD": str(library), "SLOWER_SYNC_MS": str(milliseconds)}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+
+
 # --- The portal ---------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ class Record(_Form):
     date: AwareDatetime
     python: Python
     machine: Machine
+    slower_sync_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # by which each sync was made longer
     cfssl: str | None
     settings: dict[str, str]
     options: dict[str, Count]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bench import results
+from bench import harness, results
 from bench.results import Record
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +105,23 @@ def test_another_version_cfssl_and_the_loop_take_turns_and_nothing_is_left() -> 
     )
     listed = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "/pb-" not in listed
+
+
+SYNC = """
+import os, sys, time
+file, began = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY), time.monotonic()
+for sync in (os.fsync, os.fdatasync):
+    sync(file)
+print(time.monotonic() - began)
+"""
+
+
+def test_a_program_that_is_started_with_slower_syncs_waits_at_each(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SYNC, str(tmp_path / "file")]
+    with harness.slower_syncs(tmp_path, 100):
+        took = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert took >= 0.2
+    assert "LD_PRELOAD" not in os.environ
 
 
 def test_a_ratio_is_that_of_one_round_and_missing_where_a_contender_is(compare: ModuleType) -> None:
