@@ -159,22 +159,19 @@ class _Renderer:
 # --- Writing --------------------------------------------------------------------------------------------------------
 
 
-class Unsynced:
-    """A file that was written, and is not durable yet: meanwhile its lines can be proven to be in force."""
+def make_durable(path: Path) -> None:
+    """Make a journal durable, whoever has written to it; raise ``BrokerUnavailable`` if that fails.
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        """Take over ``descriptor``."""
-        self._path = path
-        self._descriptor = descriptor
-
-    def sync(self) -> None:
-        """Make it durable, once; raise ``BrokerUnavailable`` if that fails."""
+    It costs little if it is already. Its lines can be proven to be in force meanwhile.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise BrokerUnavailable.unwritable(self._path, error) from error
+            os.fsync(descriptor)
         finally:
-            os.close(self._descriptor)
+            os.close(descriptor)
+    except OSError as error:
+        raise BrokerUnavailable.unwritable(path, error) from error
 
 
 class JournalAppend:
@@ -215,17 +212,18 @@ class JournalAppend:
 
         See ``write``.
         """
-        position, unsynced = self.write(generation)
-        unsynced.sync()
-        return position
+        return self._append(generation, durably=True)
 
-    def write(self, generation: int) -> tuple[Position, Unsynced]:
-        """Append as ``commit`` does, so that the guard can read it, but not durably yet.
+    def write(self, generation: int) -> Position:
+        """Append as ``commit`` does, so that the guard can read it, but not durably yet: see ``make_durable``.
 
         What a writer that died has left of a line is cut off before. Raise ``BrokerUnavailable`` if the journal cannot
         be written or is not the one of the position: then no part of a line is left, but complete lines may be, which
         the guard may have read. They are true, and the next append continues behind them.
         """
+        return self._append(generation, durably=False)
+
+    def _append(self, generation: int, *, durably: bool) -> Position:
         self.add(f"generation {generation}")
         before = self.position
         try:
@@ -234,7 +232,8 @@ class JournalAppend:
                 self._cut_torn_line(descriptor)
                 size = _write_lines(descriptor, self._blocks(), before.size)
                 failpoint("journal.written")
-                unsynced = Unsynced(self._path, os.dup(descriptor))
+                if durably:
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -242,8 +241,7 @@ class JournalAppend:
         finally:
             self.discard()
         seq, checksum = self._renderer.seq, self._renderer.checksum
-        end = Position(before.epoch, seq, generation, checksum, before.size + size, before.inode)
-        return end, unsynced
+        return Position(before.epoch, seq, generation, checksum, before.size + size, before.inode)
 
     def _blocks(self) -> Iterator[bytes]:
         if self._spilled is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from broker.guard import journal
 from broker.guard.access import GuardAccess, NoJournal
 from broker.guard.draft import GuardDraft
 from broker.guard.folder import GuardFiles
-from broker.guard.journal import JournalAppend, NewJournal, Position, Unsynced, read_position, read_texts
+from broker.guard.journal import JournalAppend, NewJournal, Position, make_durable, read_position, read_texts
 from broker.guard.told import NamedIssuers, Told, ToldByJournal
 from config import Settings
 from core.errors import BrokerUnavailable
@@ -50,8 +49,6 @@ class JournalControl(ABC):
         self._told = ToldByJournal(self.files.journal)
         self._issuers = _Issuers(b"", {}, (), frozenset())
         self._hashes: dict[bytes, tuple[str, ...]] = {}  # of each CA, by its fingerprint
-        self._unsynced: Unsynced | None = None  # what was appended last
-        self._syncing = threading.Lock()  # one thread may append while another one proves
 
     @property
     @abstractmethod
@@ -182,24 +179,19 @@ class JournalControl(ABC):
     def append(self, writer: JournalAppend, generation: int) -> None:
         """Append to the journal; ``enforce`` makes it durable. The record follows with the CRLs."""
         self.files.check_follows(generation)
-        self._sync()
-        _, self._unsynced = writer.write(generation)
+        writer.write(generation)
 
     def _sync(self) -> None:
-        """Make durable what was appended last."""
-        with self._syncing:
-            unsynced, self._unsynced = self._unsynced, None
-        if unsynced is not None:
-            try:
-                unsynced.sync()
-            except BrokerUnavailable:
-                self._distrusted = True  # what is on the disk is not known
-                raise
+        """Make the journal durable: each process has its own part of what was appended last."""
+        try:
+            make_durable(self.files.journal)
+        except BrokerUnavailable:
+            self._distrusted = True  # what is on the disk is not known
+            raise
 
     def install(self, writer: JournalAppend | NewJournal, generation: int, trust: Trust, *, urgent: bool) -> bool:
         """Add what else has to be known, make the journal durable, and give the CRLs to the broker if it is time."""
         self.files.check(generation, trust)
-        self._sync()
         before = self.files.stated() if isinstance(writer, JournalAppend) else {}
         named = self._named(trust.ca, trust.tenants)
         known = set(before.get("issuers", ()))

@@ -467,6 +467,37 @@ def test_nothing_is_enforced_before_the_journal_is_durable(place: Place, monkeyp
         assert since(place) == 0  # nobody knows what is on the disk: a new epoch
 
 
+@dataclass
+class Disk:
+    """Which files were made durable, and what becomes of it."""
+
+    synced: list[int]
+    fails: bool = False
+
+    def sync(self, descriptor: int) -> None:
+        if self.fails:
+            raise OSError(errno.EIO, "Input/output error")
+        self.synced.append(os.fstat(descriptor).st_ino)
+
+
+def test_a_proof_counts_once_what_another_process_has_appended_is_durable(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.install()
+    disk = Disk([])
+    monkeypatch.setattr(os, "fsync", disk.sync)
+    place.append(deny(1))
+    assert disk.synced == []  # who is granted something does not wait for the disk
+    place.open()
+    with place.stub():
+        disk.fails = True
+        with pytest.raises(BrokerUnavailable, match="cannot be written: Input/output error"):
+            place.control.enforce(2, soon())
+        disk.fails = False
+        assert place.control.enforce(2, soon()) == 2
+    assert disk.synced == [place.journal.stat().st_ino]
+
+
 def test_a_change_never_waits_behind_a_newer_generation(place: Place) -> None:
     place.install()
     place.generation = 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from broker.rabbitmq.cluster import Cluster
 from broker.rabbitmq.control import RabbitmqControl
 from broker.rabbitmq.probe import Believed, NodeProbe
 from config import Settings
+from core.errors import BrokerUnavailable
 from tests.support.ports import free_port
 
 
@@ -42,6 +45,24 @@ def control_of(tmp_path: Path, **ports: int) -> RabbitmqControl:
         "PORTAL_RABBITMQ_CACHE_SECONDS": "0.1",
     }
     return RabbitmqControl(Settings.from_env(environment), lambda: datetime.now(UTC))
+
+
+def test_nothing_is_enforced_before_the_journal_is_durable_whoever_has_written_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = control_of(tmp_path, a=1)
+    (tmp_path / "broker").mkdir()
+    with NewJournal(control.files.journal, 1, mode=0o640, group=None) as writer:
+        writer.commit(7)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(BrokerUnavailable, match="cannot be written: Input/output error"):
+            control.enforce(7, time.monotonic() + 60)
+    assert control.enforce(7, time.monotonic() + 60) == 7
 
 
 def test_a_node_is_up_if_clients_reach_it(tmp_path: Path, listening: int) -> None:
