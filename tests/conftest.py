@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 from flask import Flask
 
 from app import create_app, portal_of
+from broker.guard.journal import NewJournal
 from config import Settings
 from core.pkcs11_uri import TokenUri
 from core.roles import Role
@@ -83,6 +86,30 @@ def pytest_collection_finish() -> None:
 def _made_once() -> Iterator[None]:
     with made_once():
         yield
+
+
+@pytest.fixture(scope="session")
+def _journals() -> Iterator[WeakSet[NewJournal]]:
+    """All new journals that were begun in this process and are still in use, or forgotten."""
+    begun, begin = WeakSet[NewJournal](), NewJournal.__init__
+
+    def noted(journal: NewJournal, *arguments: Any, **options: Any) -> None:
+        begin(journal, *arguments, **options)
+        begun.add(journal)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(NewJournal, "__init__", noted)
+        yield begun
+
+
+@pytest.fixture(autouse=True)
+def _no_journal_is_left_open(_journals: WeakSet[NewJournal]) -> Iterator[None]:
+    """Fail the test that leaves a journal open: else a later one does, whenever that is collected."""
+    yield
+    left = [journal for journal in _journals if not journal.is_closed]
+    for journal in left:
+        journal.discard()
+    assert not left, "a journal was neither committed nor discarded"
 
 
 @dataclass(frozen=True)

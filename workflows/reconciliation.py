@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -239,13 +239,14 @@ class Reconciler:
         try:
             with self._installing.hold(self._settings.enforce_timeout):
                 if (self._broker.files.installed_generation() or 0) < generation:
-                    with self._database.snapshot(sees=ALL_TENANTS) as tx:
-                        state, draft, issuers = self._begin(tx, BrokerTenants(tx))
-                    if not draft.grants_ahead(issuers.broker_ca, issuers.tenants):
-                        draft.discard()
-                        return False
-                    _log_closed(draft)
-                    draft.install(state.generation, None)
+                    with ExitStack() as stack:
+                        with self._database.snapshot(sees=ALL_TENANTS) as tx:
+                            state, draft, issuers = self._begin(tx, BrokerTenants(tx))
+                            stack.callback(draft.discard)
+                        if not draft.grants_ahead(issuers.broker_ca, issuers.tenants):
+                            return False
+                        _log_closed(draft)
+                        draft.install(state.generation, None)
         except PortalError as error:
             log.warning("a grant waits for the next reconciliation", extra={"problem": error.detail})
             return False
@@ -583,10 +584,13 @@ class Reconciler:
         """Write it for the broker; return whether that has the CRLs now, and not only what the draft says."""
         _log_closed(target.draft)
         generation = target.state.generation
-        if target.puts_off_crls:
-            return target.draft.install(generation, None)
-        with self.crls.trust(target.issuers) as trust:
-            return target.draft.install(generation, trust)
+        try:
+            if target.puts_off_crls:
+                return target.draft.install(generation, None)
+            with self.crls.trust(target.issuers) as trust:
+                return target.draft.install(generation, trust)
+        finally:  # without the CRLs nothing was installed
+            target.draft.discard()
 
 
 def _log_closed(draft: Draft) -> None:

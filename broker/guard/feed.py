@@ -330,11 +330,13 @@ class Sessions:
 
     def add(self, others: Sessions) -> None:
         """Add those of others, and close those."""
-        others._file.seek(others._done)
-        while block := others._file.read(_BLOCK_BYTES):
-            self._write(block)
-        self.left += others.left
-        others.close()
+        try:
+            others._file.seek(others._done)
+            while block := others._file.read(_BLOCK_BYTES):
+                self._write(block)
+            self.left += others.left
+        finally:
+            others.close()
 
     def first(self, most: int) -> ToEnd:
         """Return the first of those that are left."""

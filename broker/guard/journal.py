@@ -298,14 +298,22 @@ class NewJournal:
             descriptor = os.open(
                 self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
             )
-            self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=_BLOCK_BYTES)
+        except OSError as error:
+            raise BrokerUnavailable.unwritable(path, error) from error
+        self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=_BLOCK_BYTES)
+        try:
             if group is not None:
                 os.fchown(descriptor, -1, group)
             os.fchmod(descriptor, mode)
             self._file.write(header)
         except OSError as error:
-            self._temporary.unlink(missing_ok=True)
+            self.discard()
             raise BrokerUnavailable.unwritable(path, error) from error
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was committed or discarded."""
+        return self._file.closed
 
     def __enter__(self) -> Self:
         return self

@@ -93,8 +93,9 @@ class JournalControl(ABC):
     def _new_journal(self, position: Position | None) -> NewJournal:
         """Begin a journal with what each begins with: nobody but the portal is admitted by it."""
         before = max(position.epoch if position is not None else 0, whole_number(self.files.stated().get("epoch")))
+        lines = journal.portal_line(self._password_hash()), journal.prefix_line(self._settings.topic_prefix)
         writer = self.files.begin(max(before + 1, int(self._clock().timestamp() * 1000)))
-        for line in (journal.portal_line(self._password_hash()), journal.prefix_line(self._settings.topic_prefix)):
+        for line in lines:
             writer.add(line)
         return writer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from typing import NoReturn
 
 import pytest
 from flask import Flask
@@ -13,7 +14,7 @@ from app import portal_of
 from broker.control import Step
 from broker_provisioning import BrokerProvisioning
 from config import Settings
-from core.errors import BrokerUnavailable, DatabaseUnavailable
+from core.errors import BrokerUnavailable, DatabaseUnavailable, LockUnavailable
 from core.states import BrokerKind
 from operations.wiring import Portal, utc_now
 from store import brokers, enforcement, generations
@@ -45,6 +46,20 @@ def shown(portal: Portal, device_id: str) -> Enforcement:
     found = portal.enforcements.of(TENANT, device_id)
     assert found is not None
     return found
+
+
+def test_what_was_drafted_is_dropped_if_the_crls_for_it_are_not_to_be_had(
+    portal: Portal, device_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_arguments: object) -> NoReturn:
+        raise LockUnavailable("CRLs are being signed.")
+
+    portal.broker.begin_again()  # a whole journal is written, beside the old one
+    with monkeypatch.context() as patched:
+        patched.setattr(portal.reconciler.crls, "trust", busy)
+        revoked = portal.revocations.revoke(OPERATOR, device_id, "key_compromise")
+    assert [one.name for one in portal.settings.broker_dir.glob(".*.tmp")] == []
+    assert revoked.problem == "CRLs are being signed."
 
 
 def test_each_step_of_a_revocation_is_known_with_its_time_in_order(portal: Portal, device_id: str) -> None:

@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -150,13 +149,17 @@ class AgentFeed:
     def _shorter(self, page: Page, cut_since: int) -> Page:
         """Return a page with fewer generations, if there are several: one is not divided."""
         size = PAGE_DEVICES
-        while page.size > MAX_PAGE_BYTES and size > 1:
-            size = max(1, size // 8)
-            with self._database.snapshot(sees=ALL_TENANTS) as tx:
-                end = generations.end_of_page(tx, page.since, size)
-            if end is not None and end < page.generation:
-                page.close()
-                page = self._make(page.since, cut_since, size)
+        try:
+            while page.size > MAX_PAGE_BYTES and size > 1:
+                size = max(1, size // 8)
+                with self._database.snapshot(sees=ALL_TENANTS) as tx:
+                    end = generations.end_of_page(tx, page.since, size)
+                if end is not None and end < page.generation:
+                    page.close()
+                    page = self._make(page.since, cut_since, size)
+        except BaseException:
+            page.close()
+            raise
         return page
 
     def _newest(self) -> int:
@@ -165,21 +168,23 @@ class AgentFeed:
 
     def _make(self, since: int, cut_since: int, size: int) -> Page:
         lines = Lines()
-        draft = FeedDraft(self._settings.application_prefixes, since, lines)
-        with ExitStack() as stack, self._database.snapshot(sees=ALL_TENANTS) as tx:
-            stack.callback(lines.discard)
-            newest = generations.get_broker_state(tx).generation
-            end = generations.end_of_page(tx, since, size)
-            until = newest if end is None else min(end, newest)
-            known = BrokerTenants(tx)
-            issuers = self._authority.seen_by(tx)
-            complete_draft(draft, tx, issuers, self._clock(), known, None if until == newest else until)
-            if until == newest and cut_since > 0:
-                self._end_sessions(tx, draft, known, cut_since)
-            stack.pop_all()
-        if draft.closed:
-            log.error("devices are denied everything because their topics do not fit the settings")
-        return lines.page(since, until, newest)
+        try:
+            draft = FeedDraft(self._settings.application_prefixes, since, lines)
+            with self._database.snapshot(sees=ALL_TENANTS) as tx:
+                newest = generations.get_broker_state(tx).generation
+                end = generations.end_of_page(tx, since, size)
+                until = newest if end is None else min(end, newest)
+                known = BrokerTenants(tx)
+                issuers = self._authority.seen_by(tx)
+                complete_draft(draft, tx, issuers, self._clock(), known, None if until == newest else until)
+                if until == newest and cut_since > 0:
+                    self._end_sessions(tx, draft, known, cut_since)
+            if draft.closed:
+                log.error("devices are denied everything because their topics do not fit the settings")
+            return lines.page(since, until, newest)
+        except BaseException:
+            lines.discard()
+            raise
 
     def _end_sessions(self, tx: Connection, draft: FeedDraft, known: BrokerTenants, since: int) -> None:
         """Name whose sessions must end. At a broker that has never been seen to obey, a guard admits nobody before."""

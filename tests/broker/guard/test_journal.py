@@ -270,6 +270,19 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
         NewJournal(tmp_path / "none" / "guard.journal", 1, mode=0o640, group=None)
 
 
+@pytest.mark.parametrize("fails", ["fchown", "fchmod"])
+def test_a_journal_whose_owner_or_mode_cannot_be_set_leaves_no_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def refused(*_arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, fails, refused)
+    with pytest.raises(BrokerUnavailable, match="not permitted"):
+        NewJournal(path, 1, mode=0o640, group=os.getgid())
+    assert [*path.parent.iterdir()] == []
+
+
 def test_very_many_lines_are_appended_as_few_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_MAX_IN_MEMORY", 200)
     monkeypatch.setattr(journal, "_BLOCK_BYTES", 64)
