@@ -105,6 +105,7 @@ class Agent:
         self._seen = self._trust[0] if self._trust else TrustNames(NOTHING.digest, NOTHING.digest)
         self._installed = self._state.mark
         self._loading: _Loading | None = None
+        self._is_closed = False
         self._restarts = BrokerRestarts(
             settings, lambda deadline: self._broker.waits(folder.probes, deadline), self._lines
         )
@@ -130,13 +131,25 @@ class Agent:
         while not stopping.wait(LOOK_SECONDS) and not self.has_other_settings.is_set():
             pass
         ended.set()
-        with self._lock:  # what is being written is written to the end
-            self._discard()
+        self._drop()
         if not stopping.is_set():
             for thread in threads:
                 thread.join()
+        self.close()
+
+    def close(self) -> None:
+        """Drop what is not installed, and close all connections."""
+        self._drop()
         self.presence.close()
         self._client.close()
+
+    def _drop(self) -> None:
+        """Drop what is not installed, and begin nothing more; what is being written is written to the end."""
+        with self._lock:
+            self._is_closed = True
+            self._discard()
+            if self._proof is not None:
+                self._proof.sessions.close()
 
     def _repeat(self, once: Callable[[], float], stopping: threading.Event) -> None:
         while not stopping.is_set():
@@ -219,7 +232,7 @@ class Agent:
                 self._heard_of_portal(reader.page.names)
                 return False
             with self._lock:
-                if asked != self._asked():
+                if self._is_closed or asked != self._asked():
                     return True  # repaired meanwhile: it is asked again
                 page, sessions = self._take(reader, lines)
                 failpoint("agent.page_read")
@@ -271,9 +284,10 @@ class Agent:
                     self._tell_tenant(draft, text)
                 elif not sessions.take(text):
                     draft.add_line(text, urgent=self._is_awaited(text))
-        except BaseException:
+        except BaseException as error:
             sessions.close()
-            if draft.since > 0:  # a new journal goes on with the same page again
+            # If the link was lost, a new journal goes on with the same page again.
+            if draft.since > 0 or isinstance(error, BrokerUnavailable):
                 self._discard()
             raise
         if reader.page is None:
@@ -495,7 +509,8 @@ class Agent:
         elif seconds == 0:
             log.warning("the broker is restarted", extra={"because": str(reason)})
             self._restarts.restart(reason)
-            self._proof = _Proof(self._state.mark)  # it has to prove all again
+            proof = self._proof = self._proof or _Proof(self._state.mark)
+            proof.in_doubt = True  # it has to prove all again, with what it had not proven before
 
     def _reason_to_restart(self) -> RestartReason | None:
         """Return why the broker has to be restarted: also if it shows an older certificate than it was given."""

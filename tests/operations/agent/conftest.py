@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -70,13 +71,23 @@ class Place:
         place.path.parent.mkdir(mode=0o711)
         url = f"https://localhost:{link.port}"
         place.join(Identity(said.name, url), private_key_pem(key), said.chain, said.portal_ca, said.settings)
+        self._agents: list[Agent] = []
+
+    def start(self, **environment: str) -> Agent:
+        """An agent that has just been started, and has what certificates it had."""
+        agent = Agent(*settings_of({**self.environment, **environment}))
+        self._agents.append(agent)
+        return agent
 
     def agent(self, **environment: str) -> Agent:
         """An agent that has just been started."""
-        settings, folder = settings_of({**self.environment, **environment})
-        agent = Agent(settings, folder)
+        agent = self.start(**environment)
         agent.renew_certificates()
         return agent
+
+    def close(self) -> None:
+        for agent in self._agents:
+            agent.close()
 
     @property
     def journal(self) -> Path:
@@ -95,7 +106,8 @@ def link(portal: Portal) -> Iterator[Link]:
 def place(portal: Portal, link: Link, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setattr(BrokerProvisioning, "probe", lambda *_arguments, **_options: None)
     folder = short_folder(in_memory=True)
-    yield Place(portal, folder, link)
+    with contextlib.closing(Place(portal, folder, link)) as place:
+        yield place
     shutil.rmtree(folder)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import sqlalchemy as sa
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from broker.guard.draft import GuardDraft
 from broker.guard.feed import Mark, Page
-from broker.guard.journal import read_access, read_position
+from broker.guard.journal import NewJournal, read_access, read_position
 from broker.restarts import BrokerRestarts
 from broker_provisioning import BrokerProvisioning
 from core.boot import boot_id, boot_seconds
@@ -32,6 +33,7 @@ from core.errors import (
 from operations.agent import agent as agents
 from operations.agent import folder
 from operations.agent.agent import Agent
+from operations.agent.client import PortalClient
 from operations.agent.folder import AgentFolder, State, settings_of, utc_seconds
 from operations.agent.joining import join
 from operations.agent.presence import AgentPresence
@@ -193,6 +195,48 @@ def test_a_new_journal_goes_on_where_the_link_was_lost(
     assert applied(portal) == newest(portal)
 
 
+def test_a_new_journal_for_which_the_disk_had_no_space_is_begun_again(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "PAGE_DEVICES", 1)
+    devices = [register(portal, number) for number in range(3)]
+    agent = place.agent()
+    assert agent.follow(0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("broker.guard.journal.NewJournal.add", no_space)
+        with pytest.raises(BrokerUnavailable, match="No space left"):
+            agent.follow(0)
+    while agent.follow(0):
+        pass
+    access = read_access(place.journal)
+    assert [access[device] for device in devices] == [f"allow {device}" for device in devices]
+    assert applied(portal) == newest(portal)
+
+
+def no_space(journal: NewJournal, _text: str) -> NoReturn:
+    journal.discard()
+    raise BrokerUnavailable.unwritable(Path("guard.journal"), OSError(errno.ENOSPC, "No space left on device"))
+
+
+def test_an_agent_that_is_stopped_while_a_page_arrives_begins_no_journal(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(portal)
+    agent = place.agent()
+    ask = PortalClient.changes
+
+    @contextlib.contextmanager
+    def stopped_meanwhile(client: PortalClient, *arguments: Any, **options: Any) -> Iterator[Iterator[bytes]]:
+        with ask(client, *arguments, **options) as lines:
+            agent.close()
+            yield lines
+
+    monkeypatch.setattr(PortalClient, "changes", stopped_meanwhile)
+    agent.follow(0)
+    assert not place.journal.exists()
+    assert [*place.journal.parent.glob(".*.tmp")] == []
+
+
 def test_an_agent_without_its_state_begins_again(portal: Portal, place: Place, guard: GuardStub) -> None:
     device, agent = register(portal), place.agent()
     agent.follow(0)
@@ -280,7 +324,7 @@ def test_a_clock_that_was_set_back_before_a_restart_makes_old_knowledge_no_newer
         for module in (agents, folder, "operations.agent.certificates"):
             path = module if isinstance(module, str) else module.__name__
             monkeypatch.setattr(f"{path}.utc_seconds", lambda: now + seconds)
-        return Agent(*settings_of({**place.environment, **limit}))
+        return place.start(**limit)
 
     this = boot_id()
     for again in (starts(boot=this, seconds=-86400), starts(boot="another", seconds=60)):
@@ -371,6 +415,30 @@ def test_a_broker_whose_address_was_changed_is_restarted_to_show_its_new_name(
     assert restarted.exists()
 
 
+def test_what_was_to_be_proven_before_a_restart_of_the_broker_is_proven_after_it(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    restarted = tmp_path / "restarted"
+    device, agent = register(portal), place.agent(PORTAL_BROKER_RESTART=f"touch {restarted}")
+    agent.follow(0)
+    portal.revocations.revoke(OPERATOR, device, "unspecified")
+    monkeypatch.setattr(BrokerProvisioning, "server_certificate", lambda *_arguments: b"the one before")
+    monkeypatch.setattr(BrokerRestarts, "seconds_until_due", lambda _self: 0.0)
+
+    def does_not_obey(*_arguments: object, **_options: object) -> NoReturn:
+        raise BrokerUnavailable("The broker's certificate is refused.")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(BrokerProvisioning, "bring_into_force", does_not_obey)
+        for attempt in (lambda: agent.follow(0), agent.look):
+            with pytest.raises(BrokerUnavailable):
+                attempt()
+    assert restarted.exists()
+    agent.look()
+    assert device in guard.clients  # its session was ended
+    assert applied(portal) == newest(portal)
+
+
 def test_a_portal_that_is_not_reached_is_a_sentence(place: Place, link: Link) -> None:
     agent = place.agent()
     link.__exit__(None, None, None)
@@ -397,9 +465,8 @@ def test_its_certificates_are_renewed_and_the_one_before_counts_no_more(
     assert pair.read_bytes() != before
     assert agent.follow(0)  # the next revoked probe certificate is a change
     pair.write_bytes(before)
-    settings, folder = settings_of(place.environment)
     with pytest.raises(ClientCertificateRefused):
-        Agent(settings, folder).follow(0)
+        place.start().follow(0)
 
 
 def test_an_agent_whose_certificate_has_expired_says_what_to_do_and_its_broker_goes_on(
