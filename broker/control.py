@@ -267,7 +267,10 @@ class BrokerControl(Protocol):
 
     @property
     def grants_when_written(self) -> bool:
-        """Whether who was admitted can connect once the draft is installed, at each broker node that runs."""
+        """Whether who was admitted can connect once the draft is installed, at each broker node that runs.
+
+        It changes as this process learns of the broker: ask while nobody else installs, by the caller's lock.
+        """
 
     @property
     def reads_certificate_at_start(self) -> bool:

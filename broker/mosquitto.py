@@ -36,7 +36,6 @@ class Mosquitto:
     """
 
     clears_retained = False
-    grants_when_written = False
     reads_certificate_at_start = True
 
     def __init__(self, settings: Settings, files: BrokerFolder) -> None:

@@ -238,6 +238,8 @@ class Reconciler:
         give_up_share()
         try:
             with self._installing.hold(self._settings.enforce_timeout):
+                if not self._broker.control.grants_when_written:  # as another one has begun a new journal
+                    return False
                 if (self._broker.files.installed_generation() or 0) < generation:
                     with ExitStack() as stack:
                         with self._database.snapshot(sees=ALL_TENANTS) as tx:

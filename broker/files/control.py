@@ -244,7 +244,7 @@ class FilesControl(Mosquitto):
         """Return what devices may do, as long as it is of none."""
         return Acl(self._settings.acl_style, self._settings.topic_prefix)
 
-    publishes_crls = crls_are_due = False
+    publishes_crls = crls_are_due = grants_when_written = False
     asks_whom_it_refuses = False
     narrows_at_once = False  # after the restart the broker asks before it hands over what it has kept for a session
     clears_retained = False  # the ACL gives the portal no device's topics

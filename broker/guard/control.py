@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
@@ -55,13 +56,23 @@ _MANY_SESSIONS = 1000  # more of them may take longer than a pass has time
 _LOOK_SECONDS = 1.0  # to ask whether the guard knows tenants
 
 
+@dataclass(frozen=True, slots=True)
+class _Guard:
+    """The guard of the broker that was started then, and the newest version that it is known to speak."""
+
+    started: float
+    version: int
+
+
 class GuardControl(JournalControl, Mosquitto):
     """Appends changes to the journal, and asks the guard over the internal listener whether they are in force."""
 
     def __init__(self, settings: Settings, clock: Callable[[], datetime]) -> None:
         JournalControl.__init__(self, settings, GuardFiles(settings, clock), clock)
         Mosquitto.__init__(self, settings, self.files)
-        self._known_version = 0  # of the guard, which each process of the portal asks for once
+        # What this process has seen of the guard by itself, and the epoch in which that has proven something last.
+        self._seen = _Guard(0.0, 0)
+        self._epoch_in_force = 0
         self._ended, self._ended_at = EndedSessions(self.files.journal), 0.0
 
     # --- CRLs
@@ -96,11 +107,32 @@ class GuardControl(JournalControl, Mosquitto):
 
     def knows_tenants(self, deadline: float) -> bool:
         """Return whether the guard in the broker knows tenants; see ``broker.control.BrokerControl``."""
-        if self._known_version < TENANTS_VERSION:
+        guard = self._guard()
+        if guard.version < TENANTS_VERSION:
             with self._session(deadline) as session:
                 if session.publish(f"{TOPIC}/version/{TENANTS_VERSION}") < FAILURE:
-                    self._known_version = TENANTS_VERSION
-        return self._known_version >= TENANTS_VERSION
+                    self._seen = guard = replace(guard, version=TENANTS_VERSION)
+        return guard.version >= TENANTS_VERSION
+
+    def _guard(self) -> _Guard:
+        """Return what was seen of the guard in the broker that runs: one that was started since may have another."""
+        started = started_at(self._settings)
+        return self._seen if self._seen.started == started else _Guard(started, 0)
+
+    def _forget_guard(self) -> None:
+        """Believe nothing of the guard until it has proven something again."""
+        self._seen, self._epoch_in_force = _Guard(0.0, 0), 0
+
+    @property
+    def grants_when_written(self) -> bool:
+        """Whether the guard reads what is new before it refuses somebody, and follows this journal.
+
+        One of a new epoch it follows once it has proven that.
+        """
+        if self._guard().version < NEWS_VERSION:
+            return False
+        position = self.files.position()
+        return position is not None and position.epoch == self._epoch_in_force
 
     def check_knows_tenants(self) -> None:
         """Raise ``BrokerNotEnforcing`` if the broker runs with a guard that would take a tenant's line for damage.
@@ -188,7 +220,12 @@ class GuardControl(JournalControl, Mosquitto):
             except ConnectionResetError:  # seen once in some thousand new connections of a Mosquitto that went on
                 self._ask(position, refused, deadline)
         except OSError as error:
+            self._forget_guard()
             raise unavailable(self._settings, error) from error
+        except BrokerUnavailable:
+            self._forget_guard()
+            raise
+        self._epoch_in_force = position.epoch
         return position.generation
 
     def waits(self, deadline: float) -> RestartReason | None:
@@ -199,19 +236,22 @@ class GuardControl(JournalControl, Mosquitto):
         """Do nothing: the guard sees the certificate of a resumed session, too."""
 
     def _ask(self, position: Position, refused: str | None, deadline: float) -> None:
+        guard = self._guard()  # before it is connected to, so that a start after this is seen
         with Session(connect_unix(self._settings.broker_socket, deadline), deadline + _REASON_SECONDS) as session:
-            self._prove(session, position, refused, deadline)
+            self._seen = self._prove(session, guard, position, refused, deadline)
 
-    def _prove(self, session: Session, position: Position, refused: str | None, deadline: float) -> None:
-        """Ask all at once, and make the journal durable meanwhile.
+    def _prove(
+        self, session: Session, guard: _Guard, position: Position, refused: str | None, deadline: float
+    ) -> _Guard:
+        """Ask all at once, and make the journal durable meanwhile; return what is known of the guard then.
 
         If the guard is not so far yet, wait for it, and ask for the ``refused`` identity again.
         """
         identify = [f"{TOPIC}/identify/{refused}"] if refused is not None else []
         session.send_connect(client_id(), PORTAL_USER, self.files.password())
         asked = [f"{TOPIC}/refused", f"{TOPIC}/prove/{position.epoch}/{position.seq}", *identify]
-        if self._known_version < GUARD_VERSION:
-            asked.append(f"{TOPIC}/version/{GUARD_VERSION}")
+        versions = [version for version in (GUARD_VERSION, NEWS_VERSION) if version > guard.version]
+        asked.extend(f"{TOPIC}/version/{version}" for version in versions)
         sent: list[bytes] = []
         with contextlib.suppress(ConnectionError):  # if the broker has refused CONNECT, its answer is still there
             sent = [session.send_publish(topic) for topic in asked]
@@ -219,12 +259,14 @@ class GuardControl(JournalControl, Mosquitto):
         self._check_login(session.receive_connack())
         if not sent:
             raise ConnectionError("the broker closed the connection")
-        loaded, proven, *allowed = map(session.receive_puback, sent)
+        loaded, proven, *answers = map(session.receive_puback, sent)
         _check_loaded(loaded)
-        if self._known_version < GUARD_VERSION:
-            if allowed.pop() >= FAILURE:
-                raise _other_version()
-            self._known_version = GUARD_VERSION
+        allowed, spoken = answers[: len(identify)], answers[len(identify) :]
+        for version, answer in zip(versions, spoken, strict=True):
+            if answer < FAILURE:
+                guard = replace(guard, version=version)
+        if guard.version < GUARD_VERSION:
+            raise _other_version()
         if proven >= FAILURE:
             self._await(session, position, deadline)
             allowed = [session.publish(topic) for topic in identify]
@@ -232,6 +274,7 @@ class GuardControl(JournalControl, Mosquitto):
             raise BrokerNotEnforcing(
                 f"The guard in the broker allows {refused}, the portal's probe, which is denied: see its log."
             )
+        return guard
 
     def check(self, deadline: float) -> int:
         """Return the generation that the guard proves to be in force; it changes nothing.
@@ -298,7 +341,6 @@ class GuardControl(JournalControl, Mosquitto):
 
     def _not_proven(self, session: Session, position: Position) -> BrokerUnavailable:
         self._distrusted = True  # a new epoch repairs whatever the guard has against this one
-        self._known_version = 0
         wanted = self._wanted_version(position)
         if session.publish(f"{TOPIC}/version/{wanted}") >= FAILURE:
             return _other_version(wanted)

@@ -39,7 +39,6 @@ class JournalControl(ABC):
 
     asks_whom_it_refuses = True
     narrows_at_once = True
-    grants_when_written = False
 
     def __init__(self, settings: Settings, files: GuardFiles, clock: Callable[[], datetime]) -> None:
         self.files = files
@@ -49,6 +48,11 @@ class JournalControl(ABC):
         self._told = ToldByJournal(self.files.journal)
         self._issuers = _Issuers(b"", {}, (), frozenset())
         self._hashes: dict[bytes, tuple[str, ...]] = {}  # of each CA, by its fingerprint
+
+    @property
+    @abstractmethod
+    def grants_when_written(self) -> bool:
+        """Whether who was admitted can connect once it was appended."""
 
     @property
     @abstractmethod

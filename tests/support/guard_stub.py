@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from broker.guard.control import GUARD_VERSION, TENANTS_VERSION
+from broker.guard.control import GUARD_VERSION, NEWS_VERSION
 from broker.guard.journal import read_position
 from core.errors import ProjectionInvalid
 
@@ -36,7 +36,7 @@ class GuardStub:
         self.journal = journal
         self.topics: list[str] = []
         self.clients: list[str] = []
-        self.versions = {GUARD_VERSION, TENANTS_VERSION}
+        self.versions = {*range(GUARD_VERSION, NEWS_VERSION + 1)}
         self.reports = True  # whether it knows that question
         self.loaded = True  # else everything is granted, as by a broker without a plugin and without an ACL
         self.epoch = 0  # the one in force

@@ -19,7 +19,7 @@ import pytest
 from broker.control import Draft, RestartReason
 from broker.crl import Trust
 from broker.guard import journal
-from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GUARD_VERSION, TENANTS_VERSION, GuardControl
+from broker.guard.control import CRL_CHANGES, CRL_SECONDS, GUARD_VERSION, NEWS_VERSION, TENANTS_VERSION, GuardControl
 from broker.guard.journal import read_position
 from broker.session import connect_unix
 from broker_provisioning import BrokerProvisioning, add_device_acl, remove_device_acl
@@ -348,9 +348,10 @@ def test_a_generation_is_enforced_once_the_guard_has_proven_it(place: Place) -> 
         assert place.broker.enforce(1, soon()) == 1
         position = read_position(place.journal)
         proof = ["portal/guard/refused", f"portal/guard/prove/{position.epoch}/{position.seq}"]
-        assert guard.topics == [*proof, f"portal/guard/version/{GUARD_VERSION}"]
-        place.broker.enforce(1, soon())  # the version is asked for once
-        assert guard.topics[3:] == proof
+        versions = [f"portal/guard/version/{version}" for version in (GUARD_VERSION, NEWS_VERSION)]
+        assert guard.topics == [*proof, *versions]
+        place.broker.enforce(1, soon())  # the versions are asked for once
+        assert guard.topics[4:] == proof
 
 
 def test_a_new_epoch_is_confirmed(place: Place) -> None:
@@ -399,7 +400,7 @@ def test_a_guard_of_another_version_is_found_by_a_check_even_if_it_follows(place
     place.install()
     with place.stub() as guard:
         assert place.control.check(soon()) == 1
-        guard.versions = {TENANTS_VERSION + 1}
+        guard.versions = {NEWS_VERSION + 1}
         with pytest.raises(BrokerNotEnforcing, match="not of the portal's version"):
             place.control.check(soon())
 
@@ -435,6 +436,97 @@ def test_a_denied_identity_must_be_refused(place: Place) -> None:
         place.control.enforce(2, soon(), refused=ONE)
         with pytest.raises(BrokerNotEnforcing, match=TWO):
             place.control.enforce(2, soon(), refused=TWO)
+
+
+# --- Who is granted something before the proof ---------------------------------------------------------------------
+
+
+def grants(place: Place) -> bool:
+    """Whether a line is enough, by what this process has seen."""
+    return place.control.grants_when_written
+
+
+@pytest.mark.parametrize(
+    ("version", "is_enough"), [(GUARD_VERSION, False), (TENANTS_VERSION, False), (NEWS_VERSION, True)]
+)
+def test_a_line_is_enough_for_a_guard_that_reads_what_is_new_once_it_has_proven_something(
+    place: Place, version: int, is_enough: bool
+) -> None:
+    place.install()
+    with place.stub() as guard:
+        guard.versions = {*range(GUARD_VERSION, version + 1)}
+        assert not grants(place)
+        place.broker.enforce(1, soon())
+        assert grants(place) is is_enough
+        place.append()
+        assert grants(place) is is_enough
+
+
+def test_a_guard_that_was_installed_while_the_portal_runs_is_seen_at_the_next_proof(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        guard.versions = {GUARD_VERSION, TENANTS_VERSION}
+        place.broker.enforce(1, soon())
+        guard.versions.add(NEWS_VERSION)
+        place.broker.enforce(1, soon())
+        assert grants(place)
+
+
+def test_a_broker_that_was_started_has_to_prove_again_before_a_line_is_enough(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        place.broker.enforce(1, soon())
+        os.utime(place.settings.broker_socket, (1, 1))  # as one that was made by another start
+        assert not grants(place)
+        guard.versions = {GUARD_VERSION}
+        place.broker.enforce(1, soon())
+        assert not grants(place)
+        place.settings.broker_socket.unlink()
+        assert not grants(place)
+
+
+def test_a_line_of_a_new_epoch_is_not_enough_before_the_guard_follows_that(place: Place) -> None:
+    place.install()
+    with place.stub():
+        place.broker.enforce(1, soon())
+        place.control.distrust()
+        place.install()
+        assert not grants(place)
+        place.broker.enforce(2, soon())
+        assert grants(place)
+        place.journal.unlink()
+        assert not grants(place)
+
+
+def test_a_line_is_not_enough_once_a_proof_has_failed(place: Place) -> None:
+    place.install()
+    with place.stub() as guard:
+        for fails in ("resets", "stopped", "loaded"):
+            place.broker.enforce(place.generation, soon())
+            assert grants(place)
+            place.append()
+            setattr(guard, fails, {"resets": 2, "stopped": True, "loaded": False}[fails])
+            with pytest.raises(BrokerUnavailable):
+                place.broker.enforce(place.generation, soon(0.2))
+            assert not grants(place)
+            setattr(guard, fails, {"resets": 0, "stopped": False, "loaded": True}[fails])
+            place.install()  # a new epoch, if it was distrusted
+
+
+def test_a_grant_is_written_ahead_by_a_draft_that_continues_the_journal(place: Place) -> None:
+    def ahead(draft: Draft) -> bool:
+        try:
+            return draft.grants_ahead(place.pki.ca_bundle)
+        finally:
+            draft.discard()
+
+    place.install()
+    with place.stub():
+        assert not ahead(place.control.draft())
+        place.broker.enforce(1, soon())
+        assert ahead(place.control.draft())
+        place.settings.broker_file("crl.pem").write_bytes(b"")
+        assert not ahead(place.control.draft())
 
 
 # --- A change that needs no CRL ------------------------------------------------------------------------------------

@@ -1,0 +1,167 @@
+"""Under a guard that reads what is new before it refuses somebody, a grant waits for its line in the journal alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from broker.guard.control import GUARD_VERSION, TENANTS_VERSION
+from broker.guard.journal import read_access
+from config import Settings
+from core.broker_control import JOURNAL_FILE
+from core.errors import Unavailable
+from operations.wiring import Portal, open_portal, prepare
+from tests.support.guard_stub import GuardStub
+from tests.support.harness import ON_SQLITE
+from tests.workflows.test_admission import OPERATOR, request_of
+from workflows.prompt import Outcome
+
+pytestmark = ON_SQLITE
+
+
+@dataclass
+class Guarded:
+    """A portal whose broker has a guard, and what is done with it."""
+
+    portal: Portal
+    guard: GuardStub
+    running: ExitStack
+
+    def register(self) -> str:
+        """Register a device with a CSR: the answer has its certificate."""
+        return self.portal.registrations.register(OPERATOR, request_of(1, csr=True)).device_id
+
+    def access(self, device_id: str) -> str:
+        """What the journal says of a device."""
+        return read_access(self.guard.journal)[device_id].partition(" ")[0]
+
+    def is_proven(self) -> bool:
+        state = self.portal.reconciler.own_state()
+        return state.applied_generation == state.generation
+
+    def prove(self) -> None:
+        newest = self.portal.reconciler.own_state().generation
+        assert self.portal.reconciler.apply(newest).covers(newest)
+        assert self.is_proven()
+
+    def asks(self) -> int:
+        """How often the guard was asked for a proof."""
+        return sum("/prove/" in topic for topic in self.guard.topics)
+
+
+@pytest.fixture
+def seconds() -> str:
+    """How long a request waits for the broker."""
+    return "5"
+
+
+@pytest.fixture
+def guarded(make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, seconds: str) -> Iterator[Guarded]:
+    """One whose guard speaks the newest version, which the portal does not know yet; no job runs beside the test."""
+    settings = make_settings(PORTAL_BROKER_CONTROL="guard", PORTAL_ENFORCE_TIMEOUT=seconds)
+    portal = open_portal(settings)
+    monkeypatch.setattr(portal.broker, "probe", lambda *_arguments, **_options: None)  # it asks the broker itself
+    prepare(portal)
+    with ExitStack() as running:
+        guard = running.enter_context(GuardStub(settings.broker_socket, settings.broker_file(JOURNAL_FILE)))
+        yield Guarded(portal, guard, running)
+    portal.close()
+
+
+@contextmanager
+def held_up(guarded: Guarded, device_id: str) -> Iterator[None]:
+    """Revoke a device; the body runs while the proof of that is under way."""
+    begun, over = threading.Event(), threading.Event()
+    enforce = guarded.portal.broker.control.enforce
+
+    def prove(*arguments: Any, **options: Any) -> int:
+        begun.set()
+        over.wait()
+        return enforce(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(1) as pool:
+        patched.setattr(guarded.portal.broker.control, "enforce", prove)
+        revoking = pool.submit(guarded.portal.revocations.revoke, OPERATOR, device_id, "key_compromise")
+        begun.wait()
+        try:
+            yield
+        finally:
+            over.set()
+        assert revoking.result().enforced
+
+
+def test_a_device_is_registered_once_its_line_is_written_and_the_proof_follows(guarded: Guarded) -> None:
+    guarded.register()  # by which the portal sees what guard there is
+    assert guarded.is_proven()
+    asked = guarded.asks()
+    new = [guarded.register() for _ in range(3)]
+    assert [guarded.access(one) for one in new] == ["allow"] * 3
+    assert not guarded.is_proven()
+    assert guarded.asks() == asked
+    guarded.prove()
+    assert guarded.asks() == asked + 1
+
+
+@pytest.mark.parametrize("version", [GUARD_VERSION, TENANTS_VERSION])
+def test_each_device_waits_for_the_proof_of_an_older_guard(guarded: Guarded, version: int) -> None:
+    guarded.guard.versions = {*range(GUARD_VERSION, version + 1)}
+    for asked in (1, 2, 3):
+        guarded.register()
+        assert guarded.is_proven()
+        assert guarded.asks() == asked
+
+
+def test_a_device_does_not_wait_for_the_proof_of_a_revocation_which_holds_for_what_it_wrote(guarded: Guarded) -> None:
+    first, second = guarded.register(), guarded.register()
+    with held_up(guarded, first):
+        new = guarded.register()
+        assert guarded.access(new) == "allow"
+        assert not guarded.is_proven()
+    assert guarded.portal.revocations.revoke(OPERATOR, second, "key_compromise").enforced
+    assert {guarded.access(one) for one in (first, second)} == {"deny"}
+    assert guarded.is_proven()
+
+
+def test_a_device_waits_for_the_guard_to_follow_a_journal_of_a_new_epoch(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = guarded.register()
+    waits, apply = threading.Event(), guarded.portal.reconciler.apply
+
+    def waiting(generation: int, **options: Any) -> Outcome:
+        waits.set()
+        return apply(generation, **options)
+
+    guarded.portal.broker.begin_again()
+    with ThreadPoolExecutor(1) as pool, held_up(guarded, first):
+        monkeypatch.setattr(guarded.portal.reconciler, "apply", waiting)
+        registering = pool.submit(guarded.register)
+        assert waits.wait(10)
+    assert guarded.access(registering.result()) == "allow"
+    assert guarded.is_proven()
+
+
+@pytest.mark.parametrize("seconds", ["0.2"])
+def test_a_device_is_not_given_out_once_the_guard_was_seen_not_to_follow(guarded: Guarded) -> None:
+    guarded.register()
+    guarded.guard.stopped = True
+    guarded.register()  # nobody knows yet
+    newest = guarded.portal.reconciler.own_state().generation
+    assert not guarded.portal.reconciler.apply(newest).covers(newest)
+    with pytest.raises(Unavailable, match="does not know the device's newest state yet"):
+        guarded.register()
+
+
+def test_a_device_is_given_out_while_the_broker_does_not_run(guarded: Guarded) -> None:
+    guarded.register()
+    guarded.running.close()
+    assert guarded.access(guarded.register()) == "allow"  # in the journal, which the broker reads at its start
+    newest = guarded.portal.reconciler.own_state().generation
+    assert not guarded.portal.reconciler.apply(newest).covers(newest)
+    assert guarded.access(guarded.register()) == "allow"
