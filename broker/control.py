@@ -148,8 +148,9 @@ class Draft(CheckedAccess, Protocol):
     def grants_ahead(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
         """Return whether it may be installed while what was installed before is still being proven.
 
-        Then it is installed without CRLs, and those whom it grants something can connect. What it takes away a later
-        reconciliation proves. The arguments are those of ``puts_off_crls``.
+        It is asked while ``BrokerControl.grants_up_to`` is a generation. Then it is installed without CRLs, and those
+        whom it grants something can connect. What it takes away a later reconciliation proves. The arguments are those
+        of ``puts_off_crls``.
         """
 
     def install(self, generation: int, trust: Trust | None) -> bool:
@@ -265,11 +266,11 @@ class BrokerControl(Protocol):
     def lacks_change_of(self, changed_at: datetime) -> bool:
         """Return whether topics that were changed then may wait for a restart of the running broker."""
 
-    @property
-    def grants_when_written(self) -> bool:
-        """Whether who was admitted can connect once the draft is installed, at each broker node that runs.
+    def grants_up_to(self) -> int | None:
+        """Return the generation up to which clients can connect that were admitted, because that is written.
 
-        It changes as this process learns of the broker: ask while nobody else installs, by the caller's lock.
+        ``None`` if each has to be proven first: the broker may refuse them a moment longer. That can change whenever a
+        draft is installed or something is proven.
         """
 
     @property

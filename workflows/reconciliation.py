@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -33,11 +33,12 @@ from store.generations import BrokerStateRecord
 from store.issuers import CrlRecord
 from store.scope import ALL_TENANTS
 from workflows import events
-from workflows.access import BrokerTenants, complete_draft
+from workflows.access import BrokerTenants
 from workflows.authority.crl_publication import CrlPublication
 from workflows.authority.issuers import Authority, Issuers
 from workflows.enforcement import Progress, SharedAnswer, note_applied
 from workflows.events import EventType
+from workflows.granting import Granting, log_closed
 from workflows.other_brokers import OtherBrokers
 from workflows.prompt import Outcome, PromptAnswers
 
@@ -108,7 +109,7 @@ class Reconciler:
             settings, lambda deadline: broker.waits(probe_certificates, deadline), self._active_devices
         )
         self._lock = FileLock(settings.data_dir / ".pass.lock")
-        self._installing = FileLock(settings.data_dir / ".install.lock")  # from a draft until it is installed
+        self._granting = Granting(settings, database, authority, broker, clock, broker_id)
         self.crls = CrlPublication(settings, database, authority, broker, probe_certificates, clock, first_tenant)
         self._counting = threading.Lock()
         self._begun = 0
@@ -218,42 +219,14 @@ class Reconciler:
 
         A broker that is not running will read the files at its start, so that they are enough.
         """
-        if self._broker.control.grants_when_written and self._is_granted_ahead(generation):
+        if self._granting.grant(generation):
+            self.wake()
             return
         outcome = self.apply(generation)
         if outcome.covers(generation):
             self.wait_for_restart()
-        elif outcome.installed < generation or not (
-            self._broker.control.grants_when_written or not self.broker_answers()
-        ):
+        elif not self._granting.is_granted(generation) and (outcome.installed < generation or self.broker_answers()):
             raise Unavailable("The broker does not know the device's newest state yet; try again in a few seconds.")
-
-    def _is_granted_ahead(self, generation: int) -> bool:
-        """Write for the broker what it lacks, while others may be proving what was written before; return whether.
-
-        Who is only granted something needs no proof. What is taken away by it the next reconciliation proves.
-        """
-        if self._last[1].covers(generation):
-            return True
-        give_up_share()
-        try:
-            with self._installing.hold(self._settings.enforce_timeout):
-                if not self._broker.control.grants_when_written:  # as another one has begun a new journal
-                    return False
-                if (self._broker.files.installed_generation() or 0) < generation:
-                    with ExitStack() as stack:
-                        with self._database.snapshot(sees=ALL_TENANTS) as tx:
-                            state, draft, issuers = self._begin(tx, BrokerTenants(tx))
-                            stack.callback(draft.discard)
-                        if not draft.grants_ahead(issuers.broker_ca, issuers.tenants):
-                            return False
-                        _log_closed(draft)
-                        draft.install(state.generation, None)
-        except PortalError as error:
-            log.warning("a grant waits for the next reconciliation", extra={"problem": error.detail})
-            return False
-        self.wake()
-        return True
 
     def wait_for_restart(self) -> None:
         """Wait until the broker has all, if that takes a restart which is due soon; else leave it to the jobs."""
@@ -291,7 +264,7 @@ class Reconciler:
         """Write the files of the newest generation without telling the broker, which may not run yet."""
         if not self._has_broker:
             return self._sign_for_others()
-        with self._lock.hold(), self._installing.hold():
+        with self._lock.hold(), self._granting.lock.hold():
             try:
                 target = self._prepare(with_crls=True)
             except TokenUnavailable as error:
@@ -474,7 +447,7 @@ class Reconciler:
     def _run(self, progress: _Progress, deadline: float) -> None:
         started = time.monotonic()
         failpoint("apply.begin")
-        with self._installing.hold(self._settings.enforce_timeout):
+        with self._granting.lock.hold(self._settings.enforce_timeout):
             target = progress.target = self._prepare()
             generation, progress.enforced = target.state.generation, target.state.applied_generation
             steps = progress.steps = Progress(
@@ -540,7 +513,7 @@ class Reconciler:
         try:
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 known = BrokerTenants(tx)
-                state, draft, issuers = self._begin(tx, known)
+                state, draft, issuers = self._granting.begin(tx, known)
                 failpoint("apply.after_snapshot")
                 disconnected, revoked, narrowed = self._sessions_to_end(tx, known, since=state.applied_generation)
             puts_off = not with_crls and draft.puts_off_crls(issuers.broker_ca, issuers.tenants)
@@ -554,17 +527,6 @@ class Reconciler:
             if draft is not None:
                 draft.discard()
             raise
-
-    def _begin(self, tx: Connection, known: BrokerTenants) -> tuple[BrokerStateRecord, Draft, Issuers]:
-        """Draft what a snapshot says; the caller holds the lock until it is installed, or discards it."""
-        state, issuers = brokers.own_state(tx, self._broker_id), self._authority.seen_by(tx)
-        draft = self._broker.draft(state.applied_generation)
-        try:
-            complete_draft(draft, tx, issuers, self._clock(), known)
-        except BaseException:
-            draft.discard()
-            raise
-        return state, draft, issuers
 
     def _sessions_to_end(
         self, tx: Connection, known: BrokerTenants, *, since: int
@@ -584,7 +546,7 @@ class Reconciler:
 
     def _install(self, target: _Target) -> bool:
         """Write it for the broker; return whether that has the CRLs now, and not only what the draft says."""
-        _log_closed(target.draft)
+        log_closed(target.draft)
         generation = target.state.generation
         try:
             if target.puts_off_crls:
@@ -593,11 +555,3 @@ class Reconciler:
                 return target.draft.install(generation, trust)
         finally:  # without the CRLs nothing was installed
             target.draft.discard()
-
-
-def _log_closed(draft: Draft) -> None:
-    if draft.closed:
-        log.error(
-            "devices are denied everything because their topics do not fit the settings",
-            extra={"devices": len(draft.closed), "first": next(iter(draft.closed.items()))},
-        )

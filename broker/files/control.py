@@ -230,6 +230,9 @@ class FilesControl(Mosquitto):
         """Begin the next generation with the ACL of the last one that this process has made."""
         return FilesDraft(self._acl, self._generation, self._install)
 
+    def grants_up_to(self) -> None:
+        """Return ``None``: the broker reads its ACL at its start."""
+
     def _install(self, generation: int, trust: Trust | None) -> bool:
         self._generation = generation
         installed = self.files.installed_acl()
@@ -244,7 +247,7 @@ class FilesControl(Mosquitto):
         """Return what devices may do, as long as it is of none."""
         return Acl(self._settings.acl_style, self._settings.topic_prefix)
 
-    publishes_crls = crls_are_due = grants_when_written = False
+    publishes_crls = crls_are_due = False
     asks_whom_it_refuses = False
     narrows_at_once = False  # after the restart the broker asks before it hands over what it has kept for a session
     clears_retained = False  # the ACL gives the portal no device's topics

@@ -123,16 +123,15 @@ class GuardControl(JournalControl, Mosquitto):
         """Believe nothing of the guard until it has proven something again."""
         self._seen, self._epoch_in_force = _Guard(0.0, 0), 0
 
-    @property
-    def grants_when_written(self) -> bool:
-        """Whether the guard reads what is new before it refuses somebody, and follows this journal.
+    def grants_up_to(self) -> int | None:
+        """Return the generation of the journal, if the guard reads what is new there before it refuses anybody.
 
-        One of a new epoch it follows once it has proven that.
+        It follows a journal of a new epoch once it has proven that.
         """
         if self._guard().version < NEWS_VERSION:
-            return False
+            return None
         position = self.files.position()
-        return position is not None and position.epoch == self._epoch_in_force
+        return position.generation if position is not None and position.epoch == self._epoch_in_force else None
 
     def check_knows_tenants(self) -> None:
         """Raise ``BrokerNotEnforcing`` if the broker runs with a guard that would take a tenant's line for damage.

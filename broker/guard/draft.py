@@ -129,7 +129,7 @@ class GuardDraft(GuardAccess):
 
     def grants_ahead(self, ca: bytes, tenants: Mapping[str, str] = NO_TENANTS) -> bool:
         """Return whether it may be installed while others are still being proven; see ``Draft``."""
-        return self._control.grants_when_written and self._needs_no_crls(ca, tenants)
+        return self._needs_no_crls(ca, tenants)
 
     def _needs_no_crls(self, ca: bytes, tenants: Mapping[str, str]) -> bool:
         control = self._control

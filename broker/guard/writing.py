@@ -51,11 +51,6 @@ class JournalControl(ABC):
 
     @property
     @abstractmethod
-    def grants_when_written(self) -> bool:
-        """Whether who was admitted can connect once it was appended."""
-
-    @property
-    @abstractmethod
     def publishes_crls(self) -> bool:
         """Whether drafts put off CRLs."""
 

@@ -58,7 +58,6 @@ class RabbitmqControl(JournalControl):
     publishes_crls = crls_are_due = False
     asks_whom_it_refuses = False  # the revoked probe certificate shows that
     clears_retained = False
-    grants_when_written = True  # who asks about a client is answered from the newest journal
     reads_certificate_at_start = False
 
     files: RabbitmqFiles
@@ -94,6 +93,11 @@ class RabbitmqControl(JournalControl):
     def publish_crls(self, trust: Trust, *, at_once: bool = False) -> bool:
         """Do nothing: each installation gives the nodes the CRLs."""
         return False
+
+    def grants_up_to(self) -> int | None:
+        """Return the generation of the journal, from which nodes are answered that ask about a client."""
+        position = self.files.position()
+        return None if position is None else position.generation
 
     # --- Proving
 
