@@ -250,7 +250,7 @@ def add_certificates(tx: Connection, certificates: Sequence[NewCertificate]) -> 
     """Record certificates of one tenant by one statement, and return their rows' ids in the same order."""
     rows = [_certificate_row(certificate) for certificate in certificates]
     if len(rows) == 1:
-        return [int(_INSERT_CERTIFICATE.row(tx, rows[0]).id)]
+        return [int(_INSERT_CERTIFICATE.row(tx, rows[0])[0])]
     if not rows:
         return []
     if tx.dialect.name == "sqlite":  # where nobody else writes meanwhile, and ids are given in this order in any case
@@ -296,7 +296,7 @@ def next_generation(tx: Connection, *, at: datetime) -> int:
     """
     tx.info[ADVANCED] = True
     if tx.dialect.name == "sqlite":
-        return int(_ADVANCE_ALONE.row(tx, {"at": at}).generation)
+        return int(_ADVANCE_ALONE.row(tx, {"at": at})[0])
     generation, _, any_webhook = tx.execute(_ADVANCE_AND_TELL, {"at": at}).one()
     webhooks.note_subscriptions(tx, are_there=any_webhook)
     return int(generation)

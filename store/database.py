@@ -26,7 +26,7 @@ from sqlalchemy.orm import DeclarativeBase
 from core.errors import DatabaseInUse, DatabaseTooNew, DatabaseUnavailable, LockUnavailable, StartupError
 from core.fair_share import give_way
 from core.files import FileLock, folder_number
-from store import schema, scope
+from store import prepared, schema, scope
 from store.advances import ADVANCED, SUBSCRIBED, Advances
 from store.locks import Locks
 from store.prepared import Question, Values
@@ -234,11 +234,7 @@ class Database:
         SQLite needs no transaction for a single statement, and one takes several times as long as the statement.
         """
         if self.is_sqlite:
-            with (
-                _translated(),
-                contextlib.closing(self.engine.raw_connection()) as driver,
-                contextlib.suppress(sqlite3.Error),  # asked again below, it becomes an error of the portal
-            ):
+            with _translated(), contextlib.closing(self.engine.raw_connection()) as driver:
                 return question.by_sqlite(driver, self.engine.dialect, values)
         with self.snapshot(sees=sees) as tx:
             return question.within(tx, values)
@@ -412,23 +408,24 @@ def _on_sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
 
 
 def _on_sqlite_begin(connection: Connection) -> None:
+    driver = connection.connection
     # A writer takes the write lock at once: a transaction that begins as a reader may fail at its first write.
     options = connection.get_execution_options()
     seconds = options.get("portal_writes")
     if seconds is None:
-        connection.exec_driver_sql("BEGIN")
+        prepared.execute(driver, "BEGIN")
         return
     # NORMAL writes the WAL without a sync. It cannot be set within a transaction.
     synchronous = "FULL" if options.get("portal_durable", True) else "NORMAL"
     if connection.info.get(_SYNCHRONOUS, "FULL") != synchronous:  # it is FULL at first: see _on_sqlite_connect
         connection.info[_SYNCHRONOUS] = ""  # not known, if this fails
-        connection.exec_driver_sql(f"PRAGMA synchronous = {synchronous}")
+        prepared.execute(driver, f"PRAGMA synchronous = {synchronous}")
         connection.info[_SYNCHRONOUS] = synchronous
     if seconds > BUSY_TIMEOUT_SECONDS - 0.5:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        prepared.execute(driver, "BEGIN IMMEDIATE")
     else:
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+        prepared.execute(driver, f"PRAGMA busy_timeout = {int(seconds * 1000)}")
         try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            prepared.execute(driver, "BEGIN IMMEDIATE")
         finally:
-            connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}")
+            prepared.execute(driver, f"PRAGMA busy_timeout = {int(BUSY_TIMEOUT_SECONDS * 1000)}")

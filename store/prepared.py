@@ -1,13 +1,18 @@
 """Statements that every request runs, of which SQLAlchemy makes text and conversions once.
 
 It prepares a statement for the driver anew at each execution, which takes several times as long as SQLite does to run
-one that reads or writes a row. On PostgreSQL, where the server takes longer, it does so as ever.
+one that reads or writes a row. So SQLite's driver is given them here, in the transaction of SQLAlchemy's connection, of
+which its events do not tell. On PostgreSQL, where the server takes longer, SQLAlchemy executes them as ever.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,6 +21,8 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 
 Values = Mapping[str, Any]
 _Convert = Callable[[Any], Any]
+_KEPT = 64  # times, of which a request writes the same few in many columns
+_of_times: dict[tuple[object, ...], _Convert] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +56,17 @@ class Prepared:
         """Execute it for each of the rows, which have the same names and of which there is one at least."""
         if tx.dialect.name == "sqlite":
             text = self._text(tx.dialect, rows[0])
-            tx.exec_driver_sql(text.text, [text.of(row) for row in rows] if len(rows) > 1 else text.of(rows[0]))
+            execute(tx.connection, text.text, [text.of(row) for row in rows])
         else:
             tx.execute(self._statement, rows)
 
-    def row(self, tx: Connection, values: Values) -> sa.Row[Any]:
+    def row(self, tx: Connection, values: Values) -> Sequence[Any]:
         """Execute it once, and return the one row that it returns."""
         if tx.dialect.name == "sqlite":
             text = self._text(tx.dialect, values)
-            return tx.exec_driver_sql(text.text, text.of(values)).one()
+            if (row := execute(tx.connection, text.text, [text.of(values)])) is None:
+                raise sa.exc.NoResultFound("the statement has returned no row")
+            return row
         return tx.execute(self._statement, values).one()
 
     def _text(self, dialect: Dialect, values: Values) -> _Text:
@@ -85,19 +94,12 @@ class Question:
         """Ask in a transaction."""
         if tx.dialect.name != "sqlite":
             return tx.execute(self._query, values).one_or_none()
-        text, converts = self._prepared_for(tx.dialect)
-        return _converted(tx.exec_driver_sql(text.text, text.of(values)).one_or_none(), converts)
+        return self.by_sqlite(tx.connection, tx.dialect, values)
 
     def by_sqlite(self, driver: DBAPIConnection, dialect: Dialect, values: Values) -> Sequence[Any] | None:
-        """Ask SQLite's driver; raises its errors."""
+        """Ask SQLite's driver."""
         text, converts = self._prepared_for(dialect)
-        cursor = driver.cursor()
-        try:
-            cursor.execute(text.text, text.of(values))
-            row = cursor.fetchone()
-        finally:
-            cursor.close()
-        return _converted(row, converts)
+        return _converted(execute(driver, text.text, [text.of(values)]), converts)
 
     def _prepared_for(self, dialect: Dialect) -> tuple[_Text, Sequence[_Convert | None]]:
         if self._prepared is None:
@@ -105,6 +107,25 @@ class Question:
             types = [column.type.dialect_impl(dialect) for column in self._query.selected_columns]
             self._prepared = text, [kind.result_processor(dialect, None) for kind in types]
         return self._prepared
+
+
+def execute(driver: DBAPIConnection, text: str, rows: Sequence[tuple[Any, ...]] = ((),)) -> Sequence[Any] | None:
+    """Have SQLite's driver execute a statement, for each of ``rows``; return the first row that it returns, if it does.
+
+    Raises SQLAlchemy's errors in place of the driver's, which have the same names (PEP 249).
+    """
+    cursor = driver.cursor()
+    try:
+        if len(rows) > 1:
+            cursor.executemany(text, rows)
+            return None
+        cursor.execute(text, rows[0])
+        return cursor.fetchone()
+    except sqlite3.Error as error:
+        kind: type[sa.exc.DBAPIError] = getattr(sa.exc, type(error).__name__, sa.exc.DBAPIError)
+        raise kind(text, rows, error, hide_parameters=True) from error
+    finally:
+        cursor.close()
 
 
 def _converted(row: Sequence[Any] | None, converts: Sequence[_Convert | None]) -> Sequence[Any] | None:
@@ -116,5 +137,14 @@ def _converted(row: Sequence[Any] | None, converts: Sequence[_Convert | None]) -
 def _text_of(compiled: Any, dialect: Dialect, defaults: Values) -> _Text:
     binds = [(name, compiled.binds[name]) for name in compiled.positiontup]  # a name can come more than once
     fixed = {name: bind.value for name, bind in binds if not bind.required}
-    parameters = [(name, bind.type.dialect_impl(dialect).bind_processor(dialect)) for name, bind in binds]
-    return _Text(str(compiled), parameters, {**fixed, **defaults})
+    return _Text(str(compiled), [(name, _bind(bind.type, dialect)) for name, bind in binds], {**fixed, **defaults})
+
+
+def _bind(kind: sa.types.TypeEngine[Any], dialect: Dialect) -> _Convert | None:
+    """Return how a value of this type is converted for the driver, ``None`` if it is not."""
+    convert = kind.dialect_impl(dialect).bind_processor(dialect)
+    if convert is not None and kind.python_type is datetime:
+        return _of_times.setdefault((type(kind), type(dialect)), lru_cache(_KEPT)(convert))
+    if convert is not None and issubclass(kind.python_type, StrEnum):
+        return lru_cache(len(kind.python_type))(convert)
+    return convert

@@ -28,10 +28,10 @@ def count_clients(tx: Connection, tenant_id: str, more: int, *, most: int | None
     """
     if not more:
         return lock_audit_head(tx, tenant_id)
-    row = _COUNT.row(tx, {"of_tenant": tenant_id, "more": more})
-    if most is not None and more > 0 and row.clients > most:
+    clients, *head = _COUNT.row(tx, {"of_tenant": tenant_id, "more": more})
+    if most is not None and more > 0 and clients > most:
         raise quota_reached(most)
-    return Head(row.number, row.hash, row.edge)
+    return Head(*head)
 
 
 def room_for_clients(tx: Connection, tenant_id: str, most: int) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 import db
@@ -17,6 +16,7 @@ from operations.wiring import Portal
 from store import brokers, generations
 from store.brokers import BrokerRecord
 from tests.support.brokers import enforce_all
+from tests.support.statements import noting
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = AT + timedelta(minutes=1)
@@ -136,13 +136,12 @@ def test_each_act_takes_its_turn_once_and_before_it_writes(main: Portal, monkeyp
     done: list[str] = []
     monkeypatch.setattr(brokers, "take_turns", lambda _: done.append("turn"))
 
-    def note(*arguments: object) -> None:
-        if not str(arguments[2]).startswith("SELECT"):
+    def note(statement: str, _rows: object) -> None:
+        if not statement.startswith("SELECT"):
             done.append("write")
 
     with main.database.transaction() as tx:
         edge = add(tx, "edge-1", joined=False)
-        sa.event.listen(tx, "before_cursor_execute", note)
         acts: tuple[Callable[[], None], ...] = (
             lambda: brokers.join(tx, edge.id, at=AT),
             lambda: brokers.declare_away(tx, edge, at=AT),
@@ -152,9 +151,9 @@ def test_each_act_takes_its_turn_once_and_before_it_writes(main: Portal, monkeyp
         )
         for act in acts:
             done.clear()
-            act()
+            with noting(tx, note):
+                act()
             assert done == ["turn", "write", "write"]
-        sa.event.remove(tx, "before_cursor_execute", note)
 
 
 def test_a_proof_takes_its_turn_once(main: Portal, monkeypatch: pytest.MonkeyPatch) -> None:

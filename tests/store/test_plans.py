@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from core.states import ClientKind, PresenceState
@@ -32,6 +31,7 @@ from store.devices import DeviceFilter
 from store.overview import figures_of
 from store.tables import Device
 from tests.support.harness import ON_SQLITE
+from tests.support.statements import noting
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 Query = Callable[[Connection], object]
@@ -119,16 +119,15 @@ def plans_of(portal: Portal) -> Callable[[Query], list[str]]:
     """Return the database's plans for each statement that a query sends."""
     sent: list[tuple[str, Any]] = []
 
-    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+    def note(statement: str, rows: Sequence[Any]) -> None:
         if statement.startswith("SELECT"):
-            sent.append((statement, parameters))
+            sent.append((statement, rows[0]))
 
     def plans(query: Query) -> list[str]:
         with portal.database.snapshot() as tx:
             sent.clear()
-            sa.event.listen(portal.database.engine, "before_cursor_execute", note)
-            query(tx)
-            sa.event.remove(portal.database.engine, "before_cursor_execute", note)
+            with noting(portal.database.engine, note):
+                query(tx)
             if portal.database.is_sqlite:
                 explained = [tx.exec_driver_sql("EXPLAIN QUERY PLAN " + text, given) for text, given in sent]
                 return ["\n".join(row[3] for row in rows) for rows in explained]

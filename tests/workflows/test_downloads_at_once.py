@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import pyzipper
-import sqlalchemy as sa
 
 from config import Settings
 from core.errors import LinkUsed
@@ -17,6 +16,7 @@ from operations.wiring import Portal, open_portal
 from store import audit
 from tests.support import waiting
 from tests.support.harness import ON_SQLITE, Clock
+from tests.support.statements import noting
 from tests.workflows.test_registrations_at_once import PUMP, operator
 from workflows.delivery import DeliveredBundle
 from workflows.registration import Registered
@@ -56,12 +56,12 @@ def test_all_that_wait_are_recorded_by_one_statement_and_have_their_own_bundles(
     devices = registered(portal, 3)
     counted: list[int] = []
 
-    def count(_c: object, _u: object, statement: str, parameters: Sequence[object], _x: object, many: bool) -> None:
+    def count(statement: str, rows: Sequence[object]) -> None:
         if statement.startswith("INSERT INTO audit_entries"):
-            counted.append(len(parameters) if many else 1)
+            counted.append(len(rows))
 
-    sa.event.listen(portal.database.engine, "before_cursor_execute", count)
-    futures = at_once(portal, [fetch(portal, number, one) for number, one in enumerate(devices)])
+    with noting(portal.database.engine, count):
+        futures = at_once(portal, [fetch(portal, number, one) for number, one in enumerate(devices)])
     assert counted == [6]
     for one, future in zip(devices, futures, strict=True):
         bundle = future.result()

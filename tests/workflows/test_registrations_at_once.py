@@ -21,6 +21,7 @@ from store.audit import Actor
 from store.tables import Device
 from tests.support import waiting
 from tests.support.harness import ON_SQLITE, Clock, csr_pem
+from tests.support.statements import noting
 from tests.support.tenants import add_tenant
 from workflows.credentials import DeviceRequest
 from workflows.registration import Registered
@@ -59,18 +60,16 @@ def registering(portal: Portal, *requests: DeviceRequest) -> list[Future[Registe
 
 
 @pytest.fixture
-def inserts(portal: Portal) -> list[int]:
+def inserts(portal: Portal) -> Iterator[list[int]]:
     """How many devices each statement has inserted that inserts some."""
     counted: list[int] = []
 
-    def count(
-        _c: object, _cursor: object, statement: str, parameters: Sequence[object], _x: object, many: bool
-    ) -> None:
+    def count(statement: str, rows: Sequence[object]) -> None:
         if statement.startswith("INSERT INTO devices"):
-            counted.append(len(parameters) if many else 1)
+            counted.append(len(rows))
 
-    sa.event.listen(portal.database.engine, "before_cursor_execute", count)
-    return counted
+    with noting(portal.database.engine, count):
+        yield counted
 
 
 def names(portal: Portal) -> list[str]:

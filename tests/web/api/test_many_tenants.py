@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from flask import Flask
 
 from app import portal_of
@@ -20,6 +19,7 @@ from pki import client_certificates
 from store import audit
 from tests.support.guarded import guarded_app
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as
+from tests.support.statements import noting
 from workflows.enrolment.clients import CLIENT_CAS
 from workflows.tenant_life import NewTenant
 
@@ -60,14 +60,11 @@ def done(app: Flask, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], 
     counting(crl, "is_signed_by", "CRLs verified")
     counting(capath.CaFolder, "_digest", "files read")
 
-    @sa.event.listens_for(portal_of(app).database.engine, "before_cursor_execute")
-    def statement(*_arguments: Any) -> None:
-        counts["statements"] += 1
-
     def of(call: Callable[[], Any]) -> Counter[str]:
         counts.clear()
         before = ca_certificates.is_issued_by.cache_info().misses
-        call()
+        with noting(portal_of(app).database.engine, lambda *_: counts.update(["statements"])):
+            call()
         counts["CAs verified"] = ca_certificates.is_issued_by.cache_info().misses - before
         return Counter(counts)
 

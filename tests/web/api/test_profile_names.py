@@ -17,6 +17,7 @@ from core.roles import Role
 from store import names
 from store.profile_tables import DeviceName
 from tests.support.harness import Api, Clock, api_as, csr_pem, problem_of
+from tests.support.statements import noting
 from tests.web.api.test_profiles import NAMED, PUMP, SERVER, add, certificate_of, names_in, refusal, upload
 from workflows.profiles import find_profiles
 
@@ -132,16 +133,16 @@ def test_a_profile_is_locked_before_the_audit_record(api: Api, app: Flask, way: 
     def begun(_connection: Any) -> None:
         transactions.append([])
 
-    def executed(*arguments: Any) -> None:
-        transactions[-1].append(arguments[2])
+    def executed(statement: str, _rows: Any) -> None:
+        transactions[-1].append(statement)
 
     sa.event.listen(engine, "begin", begun)
-    sa.event.listen(engine, "before_cursor_execute", executed)
     device = {"name": "pump-1", "profile": "named", "external_id": "a", "csr": csr_pem()}
-    if way == "/register":
-        api.register(**device)
-    else:
-        upload(api, [device])
+    with noting(engine, executed):
+        if way == "/register":
+            api.register(**device)
+        else:
+            upload(api, [device])
     [writing] = [seen for seen in transactions if any("INSERT INTO devices" in text for text in seen)]
     profile = next(number for number, text in enumerate(writing) if text.startswith("SELECT certificate_profiles.id"))
     assert profile < next(number for number, text in enumerate(writing) if "FROM audit_heads" in text)

@@ -6,16 +6,14 @@ import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
-import sqlalchemy as sa
 from flask import Flask
 
 from app import portal_of
 from core.roles import Role
-from store.database import Database
 from tests.support.harness import ON_SQLITE, Api, api_as, csr_pem
+from tests.support.statements import noting
 
 BEGUN = "BEGIN IMMEDIATE"
 ADDED = ["INSERT devices", "INSERT presences"]
@@ -28,16 +26,13 @@ def sent(app: Flask) -> Iterator[list[str]]:
     """The statements that are sent in the ``with`` block, each as its verb and its table."""
     seen: list[str] = []
 
-    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+    def note(statement: str, _rows: Any) -> None:
         table = _TABLE.search(statement)
         seen.append(f"{statement.split()[0]} {table[1]}" if table else statement.partition(" =")[0])
 
-    engine = portal_of(app).database.engine
-    sa.event.listen(engine, "before_cursor_execute", note)
-    with mock.patch.object(Database, "answer", autospec=True, side_effect=Database.answer) as asked:
+    with noting(portal_of(app).database.engine, note):
         yield seen
-    sa.event.remove(engine, "before_cursor_execute", note)
-    assert asked.call_count == 1  # for the token, by the driver itself
+    assert seen.count("SELECT tokens") == 1  # in no transaction
     assert "PRAGMA synchronous" not in seen  # it is set already
     del seen[: seen.index(BEGUN)]  # tenants are read again each second, before
 
