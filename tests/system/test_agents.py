@@ -111,9 +111,9 @@ def test_a_device_is_connected_at_the_broker_where_it_is_and_moves_to_another(sh
     for one, client in ((device, there), (other, stays)):
         assert client.publish(f"devices/{one.id}/x") in GRANTED
     wait_until(lambda: all(connection_of(portal, one)["connected"] is True for one in (device, other)))
+    since = connection_of(portal, device)["since"]
     here = device.client()
     assert here.publish(f"devices/{device.id}/x") in GRANTED
-    since = connection_of(portal, device)["since"]
     wait_until(lambda: connection_of(portal, device)["since"] > since)
     there.close()
     here.close()
