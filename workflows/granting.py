@@ -47,6 +47,7 @@ class Granting:
         self._clock = clock
         self._broker_id = broker_id
         self.lock = FileLock(settings.data_dir / ".install.lock")
+        self._newest = 0  # the generation up to which a thread of this process has seen that it is written
 
     def begin(self, tx: Connection, known: BrokerTenants) -> tuple[BrokerStateRecord, Draft, Issuers]:
         """Draft what a snapshot says; the caller holds the lock until it is installed, or discards it."""
@@ -77,16 +78,19 @@ class Granting:
             return True
         give_up_share()
         try:
-            with self.lock.hold(self._timeout):
-                return self._write(generation)
+            with self.lock.hold_unless(lambda: self._newest >= generation, self._timeout) as held:
+                return not held or self._write(generation)
         except PortalError as error:
             log.warning("a grant waits for the next reconciliation", extra={"problem": error.detail})
             return False
 
     def _write(self, generation: int) -> bool:
         written = self._broker.control.grants_up_to()  # another one may have begun a new journal meanwhile
-        if written is None or written >= generation:
-            return written is not None
+        if written is None:
+            return False
+        if written >= generation:  # by another process
+            self._newest = written
+            return True
         with ExitStack() as stack:
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
                 state, draft, issuers = self.begin(tx, BrokerTenants(tx))
@@ -95,6 +99,7 @@ class Granting:
                 return False
             log_closed(draft)
             draft.install(state.generation, None)
+        self._newest = state.generation
         return True
 
 

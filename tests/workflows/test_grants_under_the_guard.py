@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from broker.guard.journal import read_access
 from config import Settings
 from core.broker_control import JOURNAL_FILE
 from core.errors import Unavailable
+from core.files import FileLock
 from operations.wiring import Portal, open_portal, prepare
 from tests.support.guard_stub import GuardStub
 from tests.support.harness import ON_SQLITE
@@ -165,3 +167,79 @@ def test_a_device_is_given_out_while_the_broker_does_not_run(guarded: Guarded) -
     newest = guarded.portal.reconciler.own_state().generation
     assert not guarded.portal.reconciler.apply(newest).covers(newest)
     assert guarded.access(guarded.register()) == "allow"
+
+
+# --- Sharing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Threads:
+    """Threads that ask for grants while another process writes."""
+
+    guarded: Guarded
+    lock: FileLock
+    asked: threading.Semaphore
+    takes: list[FileLock]  # of the lock, by this process
+
+    def grant(self, generation: int, meanwhile: Callable[[], object], *, count: int) -> list[bool]:
+        """Ask from so many threads, each of which then waits for the lock; return what they were answered."""
+        granting = self.guarded.portal.reconciler._granting
+        with ThreadPoolExecutor(count) as pool:
+            with self.lock.hold():
+                self.takes.clear()
+                answers = [pool.submit(granting.grant, generation) for _ in range(count)]
+                for _ in range(count):
+                    assert self.asked.acquire(timeout=10)
+                meanwhile()
+            return [answer.result() for answer in answers]
+
+
+@pytest.fixture
+def threads(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> Threads:
+    made = Threads(guarded, FileLock(guarded.portal.settings.data_dir / ".install.lock"), threading.Semaphore(0), [])
+    monkeypatch.setattr("workflows.granting.give_up_share", made.asked.release)
+    take = FileLock._take
+
+    def counted(lock: FileLock, *arguments: Any) -> None:
+        made.takes.append(lock)
+        take(lock, *arguments)
+
+    monkeypatch.setattr(FileLock, "_take", counted)
+    guarded.register()
+    return made
+
+
+def registered_with_a_bundle(guarded: Guarded) -> tuple[str, int]:
+    """Register a device whose answer does not wait; return it with the generation of which nothing is written."""
+    device_id = guarded.portal.registrations.register(OPERATOR, request_of(2, csr=False)).device_id
+    return device_id, guarded.portal.reconciler.own_state().generation
+
+
+def test_threads_that_wait_share_what_the_first_of_them_writes(threads: Threads) -> None:
+    device_id, generation = registered_with_a_bundle(threads.guarded)
+    assert threads.grant(generation, lambda: None, count=4) == [True] * 4
+    assert threads.guarded.access(device_id) == "allow"
+    assert len(threads.takes) == 1
+
+
+def test_a_thread_that_has_waited_looks_again_whether_a_line_is_enough(threads: Threads) -> None:
+    device_id, generation = registered_with_a_bundle(threads.guarded)
+    socket = threads.guarded.portal.settings.broker_socket
+    assert threads.grant(generation, lambda: os.utime(socket, (1, 1)), count=1) == [False]  # as at the broker's start
+    assert device_id not in read_access(threads.guarded.guard.journal)
+
+
+def test_what_another_process_has_written_is_not_waited_for(threads: Threads) -> None:
+    first = threads.guarded.portal
+    device_id, generation = registered_with_a_bundle(threads.guarded)
+    assert not first.reconciler._granting.is_granted(generation)
+    other = open_portal(first.settings)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(other.broker, "probe", lambda *_arguments, **_options: None)
+        assert other.reconciler.apply(generation).covers(generation)
+    other.close()
+    with threads.lock.hold():
+        threads.takes.clear()
+        assert first.reconciler._granting.grant(generation)
+        assert threads.takes == []
+    assert threads.guarded.access(device_id) == "allow"
