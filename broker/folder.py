@@ -68,7 +68,9 @@ class BrokerFolder:
         self._group = broker_group(settings)
         self._ca_folder = CaFolder(settings.broker_file(CA_FOLDER), self._group)
         self._stated: tuple[tuple[int, ...], Any] = ((), None)  # the record as it was when last read
+        self._paths: dict[str, Path] = {}  # of its files
         self._seen: dict[str, _Seen] = {}
+        self._password: tuple[tuple[int, ...], str] = ((), "")  # as it was when last read
         self._checked: tuple[str, CrlWindow] = ("", _NEVER)  # the CRLs checked last, by the digest of CRLs and CAs
         self._checked_crls: dict[bytes, CheckedCrl] = {}  # the CRLs that were checked last
         self._windows: dict[bytes, CrlWindow] = {}  # of the CRLs that were read last
@@ -204,20 +206,26 @@ class BrokerFolder:
         """Return the portal's password on the internal listener, 256 bits, created at first use."""
         path = self._settings.secrets_dir / "broker-password"
         try:
+            signature, password = self._password
+            if signature and signature_of(path.stat()) == signature:
+                return password
             if not path.exists():
                 private_folder(path.parent)
                 with FileLock(path.with_name("broker-password.lock")).hold():
                     if not path.exists():
                         replace_file(path, secrets.token_urlsafe(32).encode())
-            password = path.read_text(encoding="ascii").strip()
+            signature, password = signature_of(path.stat()), path.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise BrokerUnavailable(f"{path} cannot be used; give it to the portal's user, mode 0600.") from error
         if not re.fullmatch(r"[A-Za-z0-9_-]{43,}", password):
             raise BrokerUnavailable(f"{path} does not contain a password of the portal; remove it to get a new one.")
+        self._password = signature, password
         return password
 
     def _path(self, name: str) -> Path:
-        return self._settings.broker_dir / name
+        if (path := self._paths.get(name)) is None:
+            path = self._paths[name] = self._settings.broker_dir / name
+        return path
 
     def _replace(self, contents: Mapping[str, bytes]) -> None:
         """Replace several files; none is changed before all are on the disk under another name."""
@@ -277,18 +285,16 @@ class BrokerFolder:
 
     def _read(self, name: str) -> _Seen:
         """Return a file's digest, and when its CRLs are current; read it only if it changed. Raise ``OSError``."""
-        path = self._path(name)
+        path, seen = self._path(name), self._seen.get(name)
+        if seen is not None and signature_of(path.stat()) == seen.signature:
+            return seen
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            signature = signature_of(status)
-            seen = self._seen.get(name)
-            if seen is None or seen.signature != signature:
-                content = file.read()
-                window = None
-                if name == CRL_FILE:
-                    with contextlib.suppress(ProjectionInvalid):
-                        window = read_window(content, self._windows)
-                seen = self._seen[name] = _Seen(signature, hashlib.sha256(content).hexdigest(), window)
+            signature, content = signature_of(os.fstat(file.fileno())), file.read()
+        window = None
+        if name == CRL_FILE:
+            with contextlib.suppress(ProjectionInvalid):
+                window = read_window(content, self._windows)
+        seen = self._seen[name] = _Seen(signature, hashlib.sha256(content).hexdigest(), window)
         return seen
 
     def _remember(self, name: str, digest: str, window: CrlWindow | None, size: int) -> None:

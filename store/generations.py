@@ -17,7 +17,8 @@ from sqlalchemy.engine import Connection
 from core.states import CertificateStatus, ClientKind, DeviceStatus
 from store.database import columns_of
 from store.devices import TOPICS, topics_by_device
-from store.tables import AclEntry, BrokerState, Certificate, Device
+from store.prepared import Question
+from store.tables import AclEntry, BrokerState, Certificate, Device, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,20 @@ def acl_changes(tx: Connection, *, since: int, defaults: bool, until: int | None
         for tenant_id, device_id, status, has_topics, generation, kind in part:
             own = tuple(topics.get(device_id, ())) if has_topics else None
             yield AclChange(tenant_id, device_id, status, own, generation, kind)
+
+
+_BESIDES_DEVICES = Question(
+    sa.select(
+        sa.exists().where(Tenant.generation > sa.bindparam("since"), Tenant.generation > 0),
+        sa.exists().where(Certificate.generation > sa.bindparam("since"), _ON_A_CRL),
+    )
+)
+
+
+def changed_besides_devices(tx: Connection, since: int) -> tuple[bool, bool]:
+    """Return whether a tenant has changed after generation ``since``, and whether a certificate was revoked."""
+    row = _BESIDES_DEVICES.within(tx, {"since": since})
+    return (True, True) if row is None else (bool(row[0]), bool(row[1]))
 
 
 def end_of_page(tx: Connection, since: int, size: int) -> int | None:

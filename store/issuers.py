@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 
 from core.states import IssuerKind, IssuerStatus
 from store.database import columns_of
+from store.prepared import Question
 from store.tables import BrokerState, Certificate, Crl, IssuerRow
 
 
@@ -45,10 +46,13 @@ _COLUMNS = columns_of(IssuerRecord, IssuerRow)
 
 def issuers_version(tx: Connection) -> str:
     """Return what changes with each change of the CAs, and never comes back: whoever knows it need not read them."""
-    return tx.execute(_VERSION).scalar_one()
+    row = _VERSION.within(tx, {})
+    if row is None:
+        raise RuntimeError("the database has no row of the broker's state")
+    return str(row[0])
 
 
-_VERSION = sa.select(BrokerState.issuers_version)
+_VERSION = Question(sa.select(BrokerState.issuers_version))
 
 
 def changed(tx: Connection) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -61,6 +62,13 @@ class GuardFiles(BrokerFolder):
             position = read_position(self.journal)
             self._ended = signature, position
         return position
+
+    def ends_at(self, position: Position) -> None:
+        """Take in that the journal ends there, so that it need not be read; who calls has just written it."""
+        with contextlib.suppress(OSError):
+            status = self.journal.stat()
+            if (status.st_ino, status.st_size) == (position.inode, position.size):
+                self._ended = signature_of(status), position
 
     def crl_size(self) -> int:
         """Return the size in bytes of the CRLs for the broker's next start, 0 if there are none."""

@@ -179,7 +179,7 @@ class JournalControl(ABC):
     def append(self, writer: JournalAppend, generation: int) -> None:
         """Append to the journal; ``enforce`` makes it durable. The record follows with the CRLs."""
         self.files.check_follows(generation)
-        writer.write(generation)
+        self.files.ends_at(writer.write(generation))
 
     def _sync(self) -> None:
         """Make the journal durable: each process has its own part of what was appended last."""
