@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def test_a_device_is_connected_at_the_broker_where_it_is_and_moves_to_another(sh
     for one, client in ((device, there), (other, stays)):
         assert client.publish(f"devices/{one.id}/x") in GRANTED
     wait_until(lambda: all(connection_of(portal, one)["connected"] is True for one in (device, other)))
-    since = connection_of(portal, device)["since"]
+    since = connection_of(portal, device)["since"]  # in whole seconds
+    wait_until(lambda: utc_now() >= datetime.fromisoformat(since) + timedelta(seconds=1))
     here = device.client()
     assert here.publish(f"devices/{device.id}/x") in GRANTED
     wait_until(lambda: connection_of(portal, device)["since"] > since)
