@@ -47,11 +47,18 @@ def stopped(processes: list[int]) -> Iterator[None]:
     for process in processes:
         os.kill(process, signal.SIGSTOP)
     try:
+        # One that gets no processor takes a SIGTERM first that comes before it has stopped, as that has a lower number.
+        wait_until(lambda: all(map(has_stopped, processes)))
         yield
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGCONT)
+
+
+def has_stopped(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat").read_text()
+    return status.rpartition(")")[2].split()[0] == "T"
 
 
 @contextlib.contextmanager
