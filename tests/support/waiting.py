@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 from sqlalchemy.engine import Connection
@@ -14,6 +15,7 @@ from store import shared_transactions
 from store.database import Database
 
 SECONDS = 10
+T = TypeVar("T")
 
 
 class AnnouncedLock:
@@ -62,3 +64,13 @@ def while_writing(database: Database, then: Callable[[Connection], object] = lam
         finally:
             end.set()
         future.result(SECONDS)
+
+
+def at_once(database: Database, calls: Sequence[Callable[[], T]]) -> list[Future[T]]:
+    """Let all of them wait for the turn to write, in this order; return what became of each."""
+    with ThreadPoolExecutor(len(calls)) as pool, while_writing(database):
+        futures = []
+        for call in calls:
+            futures.append(pool.submit(call))
+            assert one_more(), "it does not wait to share a transaction"
+        return futures

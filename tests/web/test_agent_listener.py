@@ -10,7 +10,6 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +23,13 @@ from broker.guard.feed import PageReader, ReadPage, split_lines
 from config import Settings
 from core.states import PresenceState
 from operations.wiring import Portal
-from pki.algorithms import private_key_pem
 from pki.csr import new_request
 from store import brokers
 from store.presences import presence_of
 from store.scope import ALL_TENANTS
 from tests.support.guarded import guarded_app
 from tests.support.harness import ON_SQLITE, Clock
+from tests.support.mutual_tls import MutualTlsServer, is_ended, serving
 from tests.support.pki import PEM, Authority
 from tests.support.ports import free_port
 from tests.workflows.agents.test_agents import der
@@ -48,59 +47,30 @@ class Agent(NamedTuple):
     certificate: bytes
 
 
-class Server:
-    """A running listener, and clients of it."""
+class Server(MutualTlsServer[AgentListener]):
+    """A running listener, and agents as its clients."""
 
     def __init__(self, portal: Portal, folder: Path) -> None:
-        self.portal, self.folder = portal, folder
-        self.listener = AgentListener(portal)
-        self._number = 0
-
-    @property
-    def address(self) -> tuple[str, int]:
-        address = self.portal.settings.agents_bind
-        assert address is not None
-        return address.host, address.port
-
-    def context(self, key: ec.EllipticCurvePrivateKey | None = None, chain: str = "") -> ssl.SSLContext:
-        """What a client connects with that has a certificate, or none."""
-        context = ssl.create_default_context(cadata=self.portal.agents.portal_ca)
-        if key is not None:
-            self._number += 1
-            pair = self.folder / f"pair-{self._number}.pem"
-            pair.write_bytes(private_key_pem(key) + chain.encode())
-            context.load_cert_chain(pair)
-        return context
+        self.portal = portal
+        super().__init__(AgentListener(portal), portal.agents.portal_ca, folder)
 
     def agent(self, name: str = "edge") -> Agent:
         """An agent that has joined."""
         key = new_key()
         added = self.portal.agents.add(OPERATOR, name, "edge.example.org")
         chain = self.portal.agents.join(added.code, new_request(key)).chain
-        return Agent(self.context(key, chain), der(chain))
+        return Agent(self.client(key, chain), der(chain))
 
     def certified(self, agent: Agent, kind: AgentCertificate) -> ssl.SSLContext:
         """What a client connects with that has a certificate of another kind."""
         key = new_key()
         record = self.portal.agents.shown(agent.certificate)
         chains = self.portal.agents.certify(record, {kind: new_request(key)}).chains
-        return self.context(key, chains[kind])
-
-    @contextmanager
-    def connected(self, context: ssl.SSLContext) -> Iterator[http.client.HTTPSConnection]:
-        connection = http.client.HTTPSConnection(*self.address, timeout=30, context=context)
-        try:
-            yield connection
-        finally:
-            connection.close()
+        return self.client(key, chains[kind])
 
     def ask(self, context: ssl.SSLContext, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         with self.connected(context) as connection:
             return ask(connection, method, path, body)
-
-    def tls(self, agent: Agent) -> ssl.SSLSocket:
-        """A bare connection of an agent's."""
-        return agent.context.wrap_socket(socket.create_connection(self.address, 30), server_hostname=self.address[0])
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
@@ -122,14 +92,6 @@ def page_of(content: bytes) -> ReadPage:
     return reader.page
 
 
-def is_ended(client: socket.socket) -> bool:
-    """Whether the server ends a connection without an answer."""
-    try:
-        return client.recv(1) == b""
-    except (ssl.SSLError, ConnectionError):
-        return True
-
-
 @pytest.fixture
 def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
     settings = make_settings(
@@ -142,28 +104,15 @@ def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytes
 @pytest.fixture
 def server(app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(mutual_tls, "LOOK_SECONDS", 0.05)
-    running, stopping = Server(portal_of(app), tmp_path), threading.Event()
-    thread = threading.Thread(target=running.listener.serve, args=(stopping,))
-    thread.start()
-    assert running.listener.listening.wait(10)
-    yield running
-    stopping.set()
-    thread.join(10)
-    assert not thread.is_alive()
+    running = Server(portal_of(app), tmp_path)
+    with serving(running.listener):
+        yield running
 
 
 CHANGES, REPORT = "/broker-agents/changes", "/broker-agents/report"
 
 
 # --- Who is let in ---------------------------------------------------------------------------------------------------
-
-
-def refused_by_tls(server: Server, context: ssl.SSLContext) -> bool:
-    try:
-        server.ask(context, "GET", CHANGES)
-    except (ssl.SSLError, ConnectionError):
-        return True
-    return False
 
 
 def test_an_agent_is_answered(server: Server) -> None:
@@ -186,17 +135,16 @@ def test_runs_of_an_agent_are_told_apart_and_two_that_go_on_are_refused(server: 
 
 
 def test_who_shows_no_certificate_is_refused_by_tls(server: Server) -> None:
-    assert refused_by_tls(server, server.context())
+    assert server.refuses(server.context())
 
 
 def test_a_certificate_of_another_ca_is_refused_by_tls(server: Server) -> None:
     other = Authority("Other").issue("agent+edge")
-    assert isinstance(other.key, ec.EllipticCurvePrivateKey)
-    assert refused_by_tls(server, server.context(other.key, other.certificate.public_bytes(PEM).decode()))
+    assert server.refuses(server.client(other.key, other.certificate.public_bytes(PEM).decode()))
 
 
 def test_the_certificate_of_a_broker_is_refused_by_tls(server: Server) -> None:
-    assert refused_by_tls(server, server.certified(server.agent(), AgentCertificate.SERVER))
+    assert server.refuses(server.certified(server.agent(), AgentCertificate.SERVER))
 
 
 def test_a_certificate_like_that_of_a_device_is_refused(server: Server) -> None:
@@ -390,14 +338,14 @@ def test_who_does_not_begin_a_handshake_is_ended(server: Server) -> None:
 
 
 def test_a_request_that_does_not_arrive_is_ended(server: Server) -> None:
-    with server.tls(server.agent()) as slow:
+    with server.tls(server.agent().context) as slow:
         slow.sendall(b"GET /broker-agents/changes HTTP/1.1\r\nX-Slow: ")
         assert is_ended(slow)
 
 
 def test_a_request_that_arrives_byte_by_byte_is_ended(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_listener, "IDLE_SECONDS", 1.0)
-    with server.tls(server.agent()) as slow:
+    with server.tls(server.agent().context) as slow:
         slow.settimeout(0.05)
         ended = False
         for _ in range(600):
@@ -450,8 +398,8 @@ def test_the_certificate_of_a_device_gives_no_more_connections_than_none(
     with contextlib.ExitStack() as stack, server.connected(agent.context) as connection:
         assert ask(connection, "GET", CHANGES)[0] == 200
         for _ in range(2):
-            stack.enter_context(server.tls(Agent(device, b"")))  # it has shown its certificate, and asks for nothing
-        assert refused_by_tls(server, device)
+            stack.enter_context(server.tls(device))  # it has shown its certificate, and asks for nothing
+        assert server.refuses(device)
         assert ask(connection, "GET", CHANGES)[0] == 200
 
 
@@ -468,7 +416,7 @@ def test_half_a_handshake_holds_a_connection_no_longer_than_none(server: Server)
 
 def test_an_idle_connection_of_an_agent_is_ended(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_listener, "IDLE_SECONDS", 0.2)
-    with server.tls(server.agent()) as idle:
+    with server.tls(server.agent().context) as idle:
         idle.sendall(b"GET /broker-agents/elsewhere HTTP/1.1\r\nHost: x\r\n\r\n")
         assert idle.recv(12) == b"HTTP/1.1 404"
         while idle.recv(65536):
@@ -484,7 +432,7 @@ def test_an_agent_that_holds_many_connections_keeps_no_other_out(
     with contextlib.ExitStack() as stack:
         held = []
         for _ in range(6):
-            held.append(stack.enter_context(server.tls(agent)))
+            held.append(stack.enter_context(server.tls(agent.context)))
             held[-1].sendall(b"GET /broker-agents/elsewhere HTTP/1.1\r\nHost: x\r\n\r\n")
             assert held[-1].recv(12) == b"HTTP/1.1 404"
             if len(held) > 3:
@@ -497,7 +445,7 @@ def test_an_agent_that_holds_many_connections_keeps_no_other_out(
 
 def test_a_body_of_a_client_that_does_not_count_has_no_more_time_than_its_handshake(server: Server) -> None:
     agent = server.agent()
-    device = Agent(server.certified(agent, AgentCertificate.GOOD), b"")
+    device = server.certified(agent, AgentCertificate.GOOD)
     with server.tls(device) as slow:
         slow.settimeout(0.1)
         slow.sendall(b"POST /broker-agents/report HTTP/1.1\r\nContent-Length: 100000\r\n\r\n")
@@ -595,6 +543,6 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(
     ],
 )
 def test_a_body_has_a_length_and_is_json(server: Server, head: bytes, status: bytes) -> None:
-    with server.tls(server.agent()) as client:
+    with server.tls(server.agent().context) as client:
         client.sendall(b"POST /broker-agents/report HTTP/1.1\r\nHost: x\r\n" + head)
         assert client.recv(12)[9:] == status

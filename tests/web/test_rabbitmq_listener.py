@@ -10,7 +10,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -30,12 +29,12 @@ from core.setting_values import Address
 from core.states import BrokerKind
 from operations.own_certificates import OwnCertificates
 from operations.wiring import Portal
-from pki.algorithms import private_key_pem
 from pki.csr import new_request, read_csr
 from store import brokers
 from store.scope import ALL_TENANTS
 from tests.support.guarded import guarded_app
 from tests.support.harness import Clock
+from tests.support.mutual_tls import MutualTlsServer, is_ended, serving
 from tests.support.pki import PEM, Authority
 from tests.support.ports import free_port
 from tests.workflows.test_admission import OPERATOR, request_of
@@ -50,11 +49,11 @@ NODES = """[
 ]"""
 
 
-class Server:
-    """A running listener, and clients of it."""
+class Server(MutualTlsServer[RabbitmqListener]):
+    """A running listener, and nodes as its clients."""
 
     def __init__(self, portal: Portal, folder: Path) -> None:
-        self.portal, self.folder = portal, folder
+        self.portal = portal
         self.a, self.b = folder / "a", folder / "b"
         for node in (self.a, self.b):
             node.mkdir()
@@ -81,45 +80,12 @@ class Server:
             self.questioners,
         )
         self.own.renew()
-        self.listener = RabbitmqListener(self.settings, self.questioners)
-
-    @property
-    def address(self) -> tuple[str, int]:
-        address = self.settings.rabbitmq_bind
-        assert address is not None
-        return address.host, address.port
-
-    def context(self, pair: tuple[Path, Path] | None = None) -> ssl.SSLContext:
-        """What a client connects with that has a certificate, or none."""
-        context = ssl.create_default_context(cadata=self.portal.agents.portal_ca)
-        if pair is not None:
-            context.load_cert_chain(*pair)
-        return context
+        super().__init__(RabbitmqListener(self.settings, self.questioners), portal.agents.portal_ca, folder)
 
     def node(self, folder: Path | None = None) -> ssl.SSLContext:
         """What a node connects with."""
         folder = folder or self.a
         return self.context((folder / "node.pem", folder / "node.key"))
-
-    def client(self, key: object, chain: str) -> ssl.SSLContext:
-        """What a client connects with that has another certificate."""
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        pair = self.folder / "pair.pem"
-        pair.write_bytes(private_key_pem(key) + chain.encode())
-        return self.context((pair, pair))
-
-    @contextmanager
-    def connected(self, context: ssl.SSLContext) -> Iterator[http.client.HTTPSConnection]:
-        connection = http.client.HTTPSConnection(*self.address, timeout=30, context=context)
-        try:
-            yield connection
-        finally:
-            connection.close()
-
-    def tls(self, context: ssl.SSLContext, source: str = "127.0.0.1") -> ssl.SSLSocket:
-        """A bare connection."""
-        plain = socket.create_connection(self.address, 30, (source, 0))
-        return context.wrap_socket(plain, server_hostname=self.address[0])
 
     def ask(self, context: ssl.SSLContext, question: str = "user", **fields: str) -> tuple[int, str]:
         with self.connected(context) as connection:
@@ -130,14 +96,6 @@ def ask(connection: http.client.HTTPConnection, question: str = "user", **fields
     connection.request("POST", f"/broker/rabbitmq/{question}", urlencode(fields))
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
-
-
-def is_ended(client: socket.socket) -> bool:
-    """Whether the server ends a connection without an answer."""
-    try:
-        return client.recv(1) == b""
-    except (ssl.SSLError, ConnectionError):
-        return True
 
 
 @pytest.fixture
@@ -151,14 +109,9 @@ def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytes
 @pytest.fixture
 def server(app: Flask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(mutual_tls, "LOOK_SECONDS", 0.05)
-    running, stopping = Server(portal_of(app), tmp_path), threading.Event()
-    thread = threading.Thread(target=running.listener.serve, args=(stopping,))
-    thread.start()
-    assert running.listener.listening.wait(10)
-    yield running
-    stopping.set()
-    thread.join(10)
-    assert not thread.is_alive()
+    running = Server(portal_of(app), tmp_path)
+    with serving(running.listener):
+        yield running
 
 
 @pytest.fixture
@@ -321,21 +274,13 @@ def test_by_a_journal_that_lacks_what_was_enforced_everybody_is_denied(
 # --- Who is let in ---------------------------------------------------------------------------------------------------
 
 
-def refused_by_tls(server: Server, context: ssl.SSLContext) -> bool:
-    try:
-        server.ask(context, username="x")
-    except (ssl.SSLError, ConnectionError):
-        return True
-    return False
-
-
 def test_who_shows_no_certificate_is_refused_by_tls(server: Server) -> None:
-    assert refused_by_tls(server, server.context())
+    assert server.refuses(server.context())
 
 
 def test_a_certificate_of_another_ca_is_refused_by_tls(server: Server) -> None:
     other = Authority("Other").issue("rabbitmq+rabbit@a")
-    assert refused_by_tls(server, server.client(other.key, other.certificate.public_bytes(PEM).decode()))
+    assert server.refuses(server.client(other.key, other.certificate.public_bytes(PEM).decode()))
 
 
 def refused(server: Server, context: ssl.SSLContext) -> str:
@@ -361,7 +306,7 @@ def test_the_certificate_of_an_agent_is_refused(server: Server) -> None:
 
 def test_the_certificates_of_servers_are_refused_by_tls(server: Server) -> None:
     tls = server.settings.tls_dir
-    assert refused_by_tls(server, server.context((tls / "rabbitmq.pem", tls / "rabbitmq.key")))
+    assert server.refuses(server.context((tls / "rabbitmq.pem", tls / "rabbitmq.key")))
 
 
 def test_a_revoked_certificate_of_a_node_is_refused_on_open_connections_too(
@@ -503,7 +448,7 @@ def test_a_node_has_so_many_connections(server: Server, device: str, monkeypatch
     monkeypatch.setattr(rabbitmq_listener, "MAX_OF_NODE", 1)
     with server.connected(server.node()) as connection:
         assert ask(connection, username=device) == (200, "allow")
-        assert refused_by_tls(server, server.node())
+        assert server.refuses(server.node())
         assert server.ask(server.node(server.b), username=device) == (200, "allow")
         assert ask(connection, username=device) == (200, "allow")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -41,17 +40,6 @@ def fetch(portal: Portal, number: int, one: Registered) -> Callable[[], Delivere
     return partial(portal.deliveries.deliver, operator(number), one.download_url.rpartition("/")[2])
 
 
-def at_once(portal: Portal, calls: Sequence[Callable[[], DeliveredBundle]]) -> list[Future[DeliveredBundle]]:
-    """Let all of them wait for the turn to write, in this order; return what became of each."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        with waiting.while_writing(portal.database):
-            futures = []
-            for call in calls:
-                futures.append(pool.submit(call))
-                assert waiting.one_more(), "it does not wait to share a transaction"
-        return futures
-
-
 def test_all_that_wait_are_recorded_by_one_statement_and_have_their_own_bundles(portal: Portal) -> None:
     devices = registered(portal, 3)
     counted: list[int] = []
@@ -61,7 +49,7 @@ def test_all_that_wait_are_recorded_by_one_statement_and_have_their_own_bundles(
             counted.append(len(rows))
 
     with noting(portal.database.engine, count):
-        futures = at_once(portal, [fetch(portal, number, one) for number, one in enumerate(devices)])
+        futures = waiting.at_once(portal.database, [fetch(portal, number, one) for number, one in enumerate(devices)])
     assert counted == [6]
     for one, future in zip(devices, futures, strict=True):
         bundle = future.result()
@@ -82,7 +70,7 @@ def test_all_that_wait_are_recorded_by_one_statement_and_have_their_own_bundles(
 def test_of_two_with_one_link_the_first_has_the_bundle_and_the_others_have_theirs(portal: Portal) -> None:
     first, other = registered(portal, 2)
     calls = [fetch(portal, 0, first), fetch(portal, 1, first), fetch(portal, 2, other)]
-    errors = [future.exception() for future in at_once(portal, calls)]
+    errors = [future.exception() for future in waiting.at_once(portal.database, calls)]
     assert [type(error) for error in errors] == [type(None), LinkUsed, type(None)]
     entries = portal.operators.audit("default", limit=10, before=None, filters={"action": "bundle:deliver"})[0]
     assert {entry.object for entry in entries} == {f"device:{one.device_id}" for one in (first, other)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 import pytest
@@ -43,20 +43,9 @@ def operator(number: int, tenant: str = "default") -> Actor:
     return Actor(tenant, f"operator {number}", "operator", f"request-{number}", f"192.0.2.{number}")
 
 
-def at_once(portal: Portal, calls: Sequence[Callable[[], Registered]]) -> list[Future[Registered]]:
-    """Let all of them wait for the turn to write, in this order; return what became of each."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        with waiting.while_writing(portal.database):
-            futures = []
-            for call in calls:
-                futures.append(pool.submit(call))
-                assert waiting.one_more(), "it does not wait to share a transaction"
-        return futures
-
-
 def registering(portal: Portal, *requests: DeviceRequest) -> list[Future[Registered]]:
     calls = [partial(portal.registrations.register, operator(n), request) for n, request in enumerate(requests)]
-    return at_once(portal, calls)
+    return waiting.at_once(portal.database, calls)
 
 
 @pytest.fixture
@@ -125,7 +114,7 @@ def test_one_idempotency_key_makes_one_device_though_both_requests_wait(portal: 
     actor, key = operator(1), "the same key twice"
     call = partial(portal.registrations.register, actor, PUMP, key)
     other = partial(portal.registrations.register, operator(2), dataclasses.replace(PUMP, name="other"))
-    one, again, another = (future.result() for future in at_once(portal, [call, call, other]))
+    one, again, another = (future.result() for future in waiting.at_once(portal.database, [call, call, other]))
     assert one == again
     assert another.name == "other"
     assert names(portal) == ["other", "pump-1"]
@@ -144,7 +133,7 @@ def test_devices_of_several_tenants_are_each_in_their_own(portal: Portal) -> Non
         partial(portal.registrations.register, operator(number, tenant), PUMP)
         for number, tenant in enumerate(("default", "acme", "default"))
     ]
-    answers = [future.result() for future in at_once(portal, calls)]
+    answers = [future.result() for future in waiting.at_once(portal.database, calls)]
     with portal.database.snapshot() as tx:
         for answer, tenant in zip(answers, ("default", "acme", "default"), strict=True):
             assert db.get_device(tx, tenant, answer.device_id).name == "pump-1"

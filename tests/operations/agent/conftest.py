@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tests.support.guarded import guarded_app
 from tests.support.harness import Clock
 from tests.support.links import Link
 from tests.support.mosquitto import short_folder
+from tests.support.mutual_tls import serving
 from tests.support.ports import free_port
 from tests.workflows.test_admission import OPERATOR, request_of
 from web.agent_listener import AgentListener
@@ -46,14 +46,9 @@ def app(make_settings: Callable[..., Settings], clock: Clock, monkeypatch: pytes
 
 @pytest.fixture
 def portal(app: Flask) -> Iterator[Portal]:
-    portal, stopping = portal_of(app), threading.Event()
-    listener = AgentListener(portal)
-    thread = threading.Thread(target=listener.serve, args=(stopping,))
-    thread.start()
-    assert listener.listening.wait(10)
-    yield portal
-    stopping.set()
-    thread.join(10)
+    portal = portal_of(app)
+    with serving(AgentListener(portal)):
+        yield portal
 
 
 class Place:
