@@ -31,7 +31,7 @@ from core.errors import (
     Unavailable,
 )
 from operations.agent import agent as agents
-from operations.agent import folder
+from operations.agent import certificates, folder, progress, proof
 from operations.agent.agent import Agent
 from operations.agent.client import PortalClient
 from operations.agent.folder import AgentFolder, State, settings_of, utc_seconds
@@ -119,7 +119,7 @@ def test_very_many_sessions_are_ended_by_several_attempts_while_there_are_more_c
             raise BrokerUnavailable("The broker does not answer.")
         disconnect(device_ids, deadline, **options)
 
-    monkeypatch.setattr(agents, "MAX_SESSIONS", 1)
+    monkeypatch.setattr(proof, "MAX_SESSIONS", 1)
     monkeypatch.setattr(agent._broker, "disconnect", fails_once)
     for device in devices[:3]:
         portal.revocations.revoke(OPERATOR, device, "unspecified")
@@ -298,7 +298,7 @@ def test_without_the_portal_for_long_everybody_is_denied_until_it_is_heard_again
     agent.look()
     assert read_access(place.journal)
     now = boot_seconds()
-    monkeypatch.setattr("operations.agent.agent.boot_seconds", lambda: now + 61)
+    monkeypatch.setattr(progress, "boot_seconds", lambda: now + 61)
     agent.look()
     assert read_access(place.journal) == {}
     assert any(line.startswith("issuer ") for line in journal_lines(place.journal))  # else the guard decides nothing
@@ -321,9 +321,8 @@ def test_a_clock_that_was_set_back_before_a_restart_makes_old_knowledge_no_newer
     def starts(*, boot: str, seconds: float) -> Agent:
         """The agent after a restart, in a boot, with a clock that is some seconds off."""
         monkeypatch.setattr(folder, "boot_id", lambda: boot)
-        for module in (agents, folder, "operations.agent.certificates"):
-            path = module if isinstance(module, str) else module.__name__
-            monkeypatch.setattr(f"{path}.utc_seconds", lambda: now + seconds)
+        for module in (agents, progress, folder, certificates):
+            monkeypatch.setattr(module, "utc_seconds", lambda: now + seconds)
         return place.start(**limit)
 
     this = boot_id()
@@ -388,7 +387,6 @@ def test_a_broker_that_shows_an_older_certificate_is_restarted(
     agent.look()
     assert not restarted.exists()
     shown[0] = b"the one before"
-    monkeypatch.setattr(agents, "PROBE_SECONDS", 0.0)
     again = place.agent(PORTAL_BROKER_RESTART=f"touch {restarted}")
     again.look()
     assert restarted.exists()
@@ -460,7 +458,7 @@ def test_its_certificates_are_renewed_and_the_one_before_counts_no_more(
     pair = Path(place.environment["PORTAL_DATA_DIR"], "agent", "agent.pem")
     before = pair.read_bytes()
     now = utc_seconds()
-    monkeypatch.setattr("operations.agent.certificates.utc_seconds", lambda: now + 70 * 86400)
+    monkeypatch.setattr(certificates, "utc_seconds", lambda: now + 70 * 86400)
     agent.renew_certificates()
     assert pair.read_bytes() != before
     assert agent.follow(0)  # the next revoked probe certificate is a change
