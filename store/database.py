@@ -212,7 +212,8 @@ class Database:
         """
         give_way()  # before it has the lock that a tenant with a single request would wait for
         if self.is_sqlite:
-            return self._shared.run(work, item)
+            with _translated():  # what has failed in a savepoint, while the transaction of all went on
+                return self._shared.run(work, item)
         with self.transaction(sees=sees) as tx:
             return work(tx, [item])[0]
 

@@ -51,14 +51,18 @@ class Granting:
 
     def begin(self, tx: Connection, known: BrokerTenants) -> tuple[BrokerStateRecord, Draft, Issuers]:
         """Draft what a snapshot says; the caller holds the lock until it is installed, or discards it."""
-        state, issuers = brokers.own_state(tx, self._broker_id), self._authority.seen_by(tx)
+        state = brokers.own_state(tx, self._broker_id)
         draft = self._broker.draft(state.applied_generation)
+        return state, draft, self._complete(draft, tx, known)
+
+    def _complete(self, draft: Draft, tx: Connection, known: BrokerTenants) -> Issuers:
         try:
+            issuers = self._authority.seen_by(tx)
             complete_draft(draft, tx, issuers, self._clock(), known)
         except BaseException:
             draft.discard()
             raise
-        return state, draft, issuers
+        return issuers
 
     def is_granted(self, generation: int) -> bool:
         """Return whether who was admitted at a generation can connect, because that is written."""
@@ -93,8 +97,12 @@ class Granting:
             return True
         with ExitStack() as stack:
             with self._database.snapshot(sees=ALL_TENANTS) as tx:
-                state, draft, issuers = self.begin(tx, BrokerTenants(tx))
+                state = brokers.own_state(tx, self._broker_id)
+                draft = self._broker.draft(state.applied_generation)
                 stack.callback(draft.discard)
+                if draft.since == 0:  # all devices, which one reconciliation writes for everybody who waits
+                    return False
+                issuers = self._complete(draft, tx, BrokerTenants(tx))
             if not draft.grants_ahead(issuers.broker_ca, issuers.tenants):
                 return False
             log_closed(draft)

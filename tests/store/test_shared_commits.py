@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from core.errors import StateConflict
+from core.errors import DatabaseUnavailable, StateConflict
 from store import database as database_module
 from store import shared_transactions
 from store.database import Database
@@ -177,6 +178,46 @@ def test_one_that_fails_is_undone_and_hurts_no_other(database: Database, commits
     assert [futures[number].result() for number in (0, 2, 3)] == [0, 1, 2]
     assert len(commits) == 2
     assert seen(database) == {-1, 0, 1, 2}
+
+
+def test_a_failure_of_the_database_is_the_portals_error_for_whom_it_meets(database: Database) -> None:
+    def fail(tx: Connection) -> int:
+        tx.exec_driver_sql("INSERT INTO seen VALUES (100)")
+        tx.exec_driver_sql("SELECT * FROM nothing")
+        return 100
+
+    futures = together(database, [insert(0), fail])
+    with pytest.raises(DatabaseUnavailable):
+        futures[1].result()
+    assert futures[0].result() == 0
+    assert seen(database) == {-1, 0}
+
+
+def test_if_sqlite_undoes_all_because_it_has_no_room_nothing_is_kept_and_nobody_sees_a_success(
+    database: Database,
+) -> None:
+    undone: list[bool] = []
+    with database.transaction() as tx:
+        tx.exec_driver_sql("CREATE TABLE texts (text BLOB)")
+
+    def fill(tx: Connection) -> int:
+        insert(100)(tx)
+        driver: Any = tx.connection.driver_connection
+        pages = driver.execute("PRAGMA page_count").fetchone()[0]
+        driver.execute(f"PRAGMA max_page_count = {pages}")
+        try:
+            tx.exec_driver_sql("INSERT INTO texts VALUES (zeroblob(100000))")
+        finally:
+            undone.append(not driver.in_transaction)
+            driver.execute("PRAGMA max_page_count = 1000000")
+        return 100
+
+    for future in together(database, [insert(0), fill, insert(1)]):
+        with pytest.raises(DatabaseUnavailable):
+            future.result()
+    assert undone == [True, True]
+    assert seen(database) == {-1}
+    assert database.write(insert(2)) == 2
 
 
 def test_if_the_commit_fails_no_caller_sees_a_success(database: Database) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from broker.control import Draft
 from broker.guard.control import GUARD_VERSION, TENANTS_VERSION
 from broker.guard.journal import read_access
 from config import Settings
@@ -22,6 +23,7 @@ from operations.wiring import Portal, open_portal, prepare
 from tests.support.guard_stub import GuardStub
 from tests.support.harness import ON_SQLITE
 from tests.workflows.test_admission import OPERATOR, request_of
+from workflows.access import complete_draft
 from workflows.prompt import Outcome
 
 pytestmark = ON_SQLITE
@@ -227,6 +229,25 @@ def test_a_thread_that_has_waited_looks_again_whether_a_line_is_enough(threads: 
     socket = threads.guarded.portal.settings.broker_socket
     assert threads.grant(generation, lambda: os.utime(socket, (1, 1)), count=1) == [False]  # as at the broker's start
     assert device_id not in read_access(threads.guarded.guard.journal)
+
+
+def test_a_journal_that_is_begun_anew_is_drafted_by_the_reconciliation_alone(
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device_id, generation = registered_with_a_bundle(threads.guarded)
+    drafted: list[int] = []
+
+    def complete(draft: Draft, *arguments: Any) -> None:
+        drafted.append(draft.since)
+        complete_draft(draft, *arguments)
+
+    monkeypatch.setattr("workflows.granting.complete_draft", complete)
+    threads.guarded.portal.broker.begin_again()  # as if it had grown too long
+    assert threads.grant(generation, lambda: None, count=3) == [False] * 3
+    assert drafted == []
+    threads.guarded.prove()
+    assert drafted == [0]
+    assert threads.guarded.access(device_id) == "allow"
 
 
 def test_what_another_process_has_written_is_not_waited_for(threads: Threads) -> None:
