@@ -52,7 +52,7 @@ from web.api import (
     tokens,
     webhooks,
 )
-from web.api.routing import Call, Route
+from web.api.routing import Call, Exchange, Route
 from web.console import screens
 from web.console.serving import add_pages, error_page, is_of_console, register
 from web.serving import check_addresses, serve
@@ -61,6 +61,8 @@ gc.freeze()
 gc.enable()
 
 log = logging.getLogger("portal.request")
+
+_UNLESS_SET = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))  # headers of every response
 
 _RESOURCES = (
     devices,
@@ -189,9 +191,7 @@ def portal_of(app: Flask) -> Portal:
 
 
 def _begin() -> None:
-    g.request_id = secrets.token_hex(8)
-    g.started = time.perf_counter()
-    g.actor = g.route = None
+    g.exchange = Exchange(secrets.token_hex(8), time.perf_counter())
     if request.environ.get("portal.listener") == "pki" and not _is_on_pki_listener():
         raise errors.NotFound(
             "Only CRLs, OCSP and CA certificates are served at this address; use the portal's HTTPS address."
@@ -210,16 +210,17 @@ def _is_on_pki_listener() -> bool:
 
 def _view(route: Route) -> Callable[..., Response]:
     def view(**path: str) -> Response:
-        g.route = route.path
+        exchange: Exchange = g.exchange
+        exchange.route = route.path
         portal = portal_of(current_app)
         with scope.of_request():
-            return _answer(portal, route, path)
+            return _answer(portal, route, exchange, path)
 
     return view
 
 
-def _answer(portal: Portal, route: Route, path: Mapping[str, str]) -> Response:
-    g.actor = actor = routing.actor_of(portal, route, request, g.request_id)
+def _answer(portal: Portal, route: Route, exchange: Exchange, path: Mapping[str, str]) -> Response:
+    exchange.actor = actor = routing.actor_of(portal, route, request, exchange.request_id)
     routing.check_permission(portal, route.permission, actor, f"{route.method} {route.path}")
     arguments = routing.read_arguments(route, request, path)
     arguments |= naming.identify(portal, actor, request, path)
@@ -237,18 +238,20 @@ def _answer(portal: Portal, route: Route, path: Mapping[str, str]) -> Response:
 
 
 def _end(response: Response) -> Response:
-    headers, method, route, request_id, actor = response.headers, request.method, g.route, g.request_id, g.actor
-    headers["X-Request-Id"] = request_id
-    headers.setdefault("X-Content-Type-Options", "nosniff")
-    headers.setdefault("Cache-Control", "no-store")
-    seconds = time.perf_counter() - g.started
-    counted = route or "none", method if method in metrics.METHODS else "other", str(response.status_code)
+    headers, method, exchange = response.headers, request.method, g.exchange
+    actor = exchange.actor
+    headers.add("X-Request-Id", exchange.request_id)
+    for name, value in _UNLESS_SET:
+        if name not in headers:
+            headers.add(name, value)
+    seconds = time.perf_counter() - exchange.started
+    counted = exchange.route or "none", method if method in metrics.METHODS else "other", str(response.status_code)
     metrics.counts.requests.labels(*counted).inc()
     metrics.counts.request_seconds.labels(counted[0]).observe(seconds)
     facts = {
-        "request_id": request_id,
+        "request_id": exchange.request_id,
         "method": method,
-        "route": route,  # the rule, not the path: a path can hold a link's token
+        "route": exchange.route,  # the rule, not the path: a path can hold a link's token
         "status": response.status_code,
         "ms": round(seconds * 1000, 1),
         "device_id": (request.view_args or {}).get("device_id"),
@@ -260,17 +263,17 @@ def _end(response: Response) -> Response:
 
 
 def _failed(error: Exception) -> Response:
-    path = routing.without_version(request.path)
-    problem = problems.of_error(error, request_id=g.request_id, path=path)
+    path, request_id = routing.without_version(request.path), g.exchange.request_id
+    problem = problems.of_error(error, request_id=request_id, path=path)
     told = error.detail if isinstance(error, errors.PortalError) else problem.detail
     metrics.counts.refusals.labels(problem.code).inc()
     if problem.status == 500:
-        log.error("failed", exc_info=error, extra={"request_id": g.request_id})
+        log.error("failed", exc_info=error, extra={"request_id": request_id})
     elif problem.status == 503:
         cause = {"problem": told, "cause": error.__cause__}
-        log.warning("unavailable", extra={"request_id": g.request_id, **cause})
+        log.warning("unavailable", extra={"request_id": request_id, **cause})
     elif told != problem.detail:
-        log.info("refused", extra={"request_id": g.request_id, "problem": told})
+        log.info("refused", extra={"request_id": request_id, "problem": told})
     if is_of_console(current_app, path) and request.environ.get("portal.listener") != "pki":
         return error_page(problem, error)
     response = problems.response_of(problem, error, path=path)

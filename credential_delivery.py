@@ -10,15 +10,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from itsdangerous import BadSignature, URLSafeTimedSerializer
-from itsdangerous.encoding import base64_encode
-from itsdangerous.timed import TimestampSigner
+from itsdangerous import BadSignature, Signer, URLSafeTimedSerializer
+from itsdangerous.encoding import base64_encode, int_to_bytes
 
 from core.errors import LinkExpired, LinkUnknown
 from delivery.formats import BundleFormat, Entry, encrypted_pem, pkcs12_file, write_archive
@@ -206,7 +206,8 @@ def generate_download_link(
     """
     content = f"{delivery_id}.{secret}" if secret else delivery_id
     payload = base64_encode(json.dumps(content))  # not the serializer's: it would try to compress this
-    return f"{public_url}/download/{_Signer(list(keys), salt=_SALT, now=now, **_SIGNATURE).sign(payload).decode()}"
+    made_at = base64_encode(int_to_bytes(int(now.timestamp())))  # not the clock's, which itsdangerous would read
+    return f"{public_url}/download/{_signer(keys[-1]).sign(b'.'.join((payload, made_at))).decode()}"
 
 
 def read_download_token(token: str, keys: Sequence[str], *, now: datetime, max_age: timedelta) -> DownloadToken:
@@ -217,7 +218,7 @@ def read_download_token(token: str, keys: Sequence[str], *, now: datetime, max_a
     """
     try:
         # Without max_age: that also refuses links that were signed before the clock was set back.
-        content, made_at = _serializer(keys, now).loads(token, return_timestamp=True)
+        content, made_at = _serializer(tuple(keys)).loads(token, return_timestamp=True)
     except BadSignature:
         content, made_at = None, now
     if now - made_at > max_age:
@@ -235,25 +236,16 @@ _SALT = b"onboarding-portal/download"
 _SIGNATURE: Mapping[str, Any] = {"key_derivation": "hmac", "digest_method": hashlib.sha256}
 
 
-class _Signer(TimestampSigner):
-    """Signs with the given time, where itsdangerous would read the clock."""
-
-    def __init__(self, *keys: Any, now: datetime, **options: Any) -> None:
-        super().__init__(*keys, **options)
-        self._seconds = int(now.timestamp())
-
-    def get_timestamp(self) -> int:
-        """Return the time in seconds since 1970, UTC."""
-        return self._seconds
+@lru_cache(maxsize=8)
+def _signer(key: str) -> Signer:
+    """Return what signs a link's content and time, with the key that is derived from one of the portal's."""
+    derived = Signer(key, _SALT, **_SIGNATURE).derive_key()
+    return Signer(derived, **{**_SIGNATURE, "key_derivation": "none"})
 
 
-def _serializer(keys: Sequence[str], now: datetime) -> URLSafeTimedSerializer:
-    return URLSafeTimedSerializer(
-        list(keys),
-        salt=_SALT,
-        signer=_Signer,
-        signer_kwargs={**_SIGNATURE, "now": now},
-    )
+@lru_cache(maxsize=8)
+def _serializer(keys: tuple[str, ...]) -> URLSafeTimedSerializer:
+    return URLSafeTimedSerializer(list(keys), salt=_SALT, signer_kwargs={**_SIGNATURE})
 
 
 # --- What a bundle is made of, until it is fetched ------------------------------------------------------------------

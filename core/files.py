@@ -244,15 +244,13 @@ class FileLock:
         self._held = False  # whether the holder of the thread lock also holds the lock on the file
         self._waiter: _Waiter | None = None  # made at need
 
-    @contextmanager
-    def hold(self, timeout: float = LOCK_SECONDS) -> Iterator[None]:
+    def hold(self, timeout: float = LOCK_SECONDS) -> AbstractContextManager[bool]:
         """Wait for the lock and hold it for the body of the ``with``.
 
         Raises ``LockUnavailable`` if it is not free within ``timeout`` seconds (its holder may be stopped), or if its
         file cannot be opened.
         """
-        with self.hold_unless(lambda: False, timeout):
-            yield
+        return self.hold_unless(lambda: False, timeout)
 
     @contextmanager
     def hold_unless(self, done: Callable[[], bool], timeout: float) -> Iterator[bool]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -257,6 +258,7 @@ def _signed(der: bytes) -> tuple[Element, Element, Element]:
     return content, algorithm, signature
 
 
+@lru_cache(maxsize=64)  # most requests have the same two
 def _algorithm(element: Element) -> bytes:
     """Write an AlgorithmIdentifier with the parameters that its algorithm has, whatever was there."""
     oid = _oid_of(element)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,8 @@ from store.prepared import Prepared, Question
 from store.tables import AuditEntry, AuditHead, Tenant
 
 _HASHED = ("number", "previous_hash", "actor", "action", "object", "outcome", "request_id", "address", "detail")
+_hashed_of = itemgetter(*_HASHED)
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 _INSERT_AUDIT_ENTRIES = Prepared(sa.insert(AuditEntry))
 _AUDIT_HEAD = sa.select(AuditHead.number, AuditHead.hash, AuditHead.edge).where(
     AuditHead.tenant_id == sa.bindparam("of_tenant")
@@ -171,8 +174,8 @@ def canonical(entry: Mapping[str, Any]) -> bytes:
     of objects sorted.
     """
     at = entry["at"].astimezone(UTC).isoformat(timespec="microseconds")
-    values = [entry["tenant_id"], at, *(entry[name] for name in _HASHED)]
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    values = [entry["tenant_id"], at, *_hashed_of(entry)]
+    return _JSON.encode(values).encode()
 
 
 # --- Check --------------------------------------------------------------------------------------------------------

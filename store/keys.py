@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -13,28 +13,44 @@ from sqlalchemy.engine import Connection
 from core.errors import KeyCompromised, KeyInUse, PortalError
 from core.states import DeviceStatus
 from store import audit
-from store.prepared import Prepared
+from store.prepared import Prepared, Question
 from store.tables import Device, DeviceKey
 
 _BATCH = 500
 _INSERT = Prepared(sa.insert(DeviceKey))
-_WANTED = DeviceKey.key_fingerprint.in_(sa.bindparam("wanted", expanding=True))
-_KNOWN = (
-    sa.select(
-        DeviceKey.tenant_id,
-        DeviceKey.key_fingerprint,
-        DeviceKey.device_id,
-        DeviceKey.compromised_at,
-        Device.status,
-    )
-    .outerjoin(Device, sa.and_(Device.tenant_id == DeviceKey.tenant_id, Device.id == DeviceKey.device_id))
-    .where(
-        sa.or_(  # each has an index of its own
-            sa.and_(DeviceKey.tenant_id == sa.bindparam("of_tenant"), _WANTED),
-            sa.and_(DeviceKey.compromised_at.is_not(None), _WANTED),
+
+
+class _Known(NamedTuple):
+    """A key that was recorded, with the status of its device, ``None`` if there is none."""
+
+    tenant_id: str
+    key_fingerprint: str
+    device_id: str | None
+    compromised_at: datetime | None
+    status: DeviceStatus | None
+
+
+def _known_where(wanted: sa.ColumnElement[bool]) -> sa.Select[*tuple[Any, ...]]:
+    return (
+        sa.select(
+            DeviceKey.tenant_id,
+            DeviceKey.key_fingerprint,
+            DeviceKey.device_id,
+            DeviceKey.compromised_at,
+            Device.status,
+        )
+        .outerjoin(Device, sa.and_(Device.tenant_id == DeviceKey.tenant_id, Device.id == DeviceKey.device_id))
+        .where(
+            sa.or_(  # each has an index of its own
+                sa.and_(DeviceKey.tenant_id == sa.bindparam("of_tenant"), wanted),
+                sa.and_(DeviceKey.compromised_at.is_not(None), wanted),
+            )
         )
     )
-)
+
+
+_KNOWN_ONE = Question(_known_where(DeviceKey.key_fingerprint == sa.bindparam("wanted")))
+_KNOWN = _known_where(DeviceKey.key_fingerprint.in_(sa.bindparam("wanted", expanding=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +76,10 @@ def refusals(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim]) -> dict
 
 
 def _refusals(
-    wanted: Sequence[KeyClaim], known: Mapping[str, Any], compromised: Collection[str]
+    wanted: Sequence[KeyClaim], known: Mapping[str, _Known], compromised: Collection[str]
 ) -> dict[str, PortalError]:
     refused: dict[str, PortalError] = {}
-    taken: dict[str, str] = {}
+    taken: dict[str, str | None] = {}
     for claim in wanted:
         row = known.get(claim.key_fingerprint)
         if claim.key_fingerprint in compromised:
@@ -94,7 +110,7 @@ def claim_keys(tx: Connection, tenant_id: str, claims: Sequence[KeyClaim], *, lo
     the primary key refuses a second owner, whatever was looked up here.
     """
     of_clients = [claim for claim in claims if not claim.is_new]
-    known: Mapping[str, Any] = {}
+    known: Mapping[str, _Known] = {}
     if of_clients:
         if not locked:
             lock(tx, tenant_id)
@@ -124,11 +140,15 @@ def block_keys(
         _INSERT.run(tx, [_values(tenant_id, fingerprint, device_id, at) for fingerprint in new])
 
 
-def _known(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+def _known(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> tuple[dict[str, _Known], set[str]]:
     """Return the rows of a tenant's keys by their fingerprints, and which keys were compromised in any tenant."""
-    own, compromised = dict[str, Any](), set[str]()
+    own, compromised = dict[str, _Known](), set[str]()
     for some in _batches(key_fingerprints):
-        for row in tx.execute(_KNOWN, {"of_tenant": tenant_id, "wanted": some}):
+        if len(some) == 1:
+            rows = _KNOWN_ONE.rows(tx, {"of_tenant": tenant_id, "wanted": some[0]})
+        else:
+            rows = tx.execute(_KNOWN, {"of_tenant": tenant_id, "wanted": some}).all()
+        for row in map(_Known._make, rows):
             if row.tenant_id == tenant_id:
                 own[row.key_fingerprint] = row
             if row.compromised_at is not None:

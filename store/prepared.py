@@ -64,8 +64,7 @@ class Prepared:
         """Execute it once, and return the one row that it returns."""
         if tx.dialect.name == "sqlite":
             text = self._text(tx.dialect, values)
-            if (row := execute(tx.connection, text.text, [text.of(values)])) is None:
-                raise sa.exc.NoResultFound("the statement has returned no row")
+            [row] = execute(tx.connection, text.text, [text.of(values)])
             return row
         return tx.execute(self._statement, values).one()
 
@@ -84,22 +83,29 @@ class Prepared:
 
 
 class Question:
-    """A SELECT of one row at most, whose text depends on no value, in a read of its own: ``Database.answer``."""
+    """A SELECT whose text depends on no value, in a transaction or in a read of its own: ``Database.answer``."""
 
     def __init__(self, query: sa.Select[*tuple[Any, ...]]) -> None:
         self._query = query
         self._prepared: tuple[_Text, Sequence[_Convert | None]] | None = None
 
     def within(self, tx: Connection, values: Values) -> Sequence[Any] | None:
-        """Ask in a transaction."""
+        """Return the only row, ``None`` if there is none, in a transaction."""
+        return _only(self.rows(tx, values))
+
+    def rows(self, tx: Connection, values: Values) -> Sequence[Sequence[Any]]:
+        """Return all rows, in a transaction."""
         if tx.dialect.name != "sqlite":
-            return tx.execute(self._query, values).one_or_none()
-        return self.by_sqlite(tx.connection, tx.dialect, values)
+            return tx.execute(self._query, values).all()
+        return self._by_sqlite(tx.connection, tx.dialect, values)
 
     def by_sqlite(self, driver: DBAPIConnection, dialect: Dialect, values: Values) -> Sequence[Any] | None:
-        """Ask SQLite's driver."""
+        """Return the only row, ``None`` if there is none, in no transaction."""
+        return _only(self._by_sqlite(driver, dialect, values))
+
+    def _by_sqlite(self, driver: DBAPIConnection, dialect: Dialect, values: Values) -> Sequence[Sequence[Any]]:
         text, converts = self._prepared_for(dialect)
-        return _converted(execute(driver, text.text, [text.of(values)]), converts)
+        return [_converted(row, converts) for row in execute(driver, text.text, [text.of(values)])]
 
     def _prepared_for(self, dialect: Dialect) -> tuple[_Text, Sequence[_Convert | None]]:
         if self._prepared is None:
@@ -109,8 +115,8 @@ class Question:
         return self._prepared
 
 
-def execute(driver: DBAPIConnection, text: str, rows: Sequence[tuple[Any, ...]] = ((),)) -> Sequence[Any] | None:
-    """Have SQLite's driver execute a statement, for each of ``rows``; return the first row that it returns, if it does.
+def execute(driver: DBAPIConnection, text: str, rows: Sequence[tuple[Any, ...]] = ((),)) -> Sequence[Sequence[Any]]:
+    """Have SQLite's driver execute a statement, for each of ``rows``; return what it returns for a single one.
 
     Raises SQLAlchemy's errors in place of the driver's, which have the same names (PEP 249).
     """
@@ -118,9 +124,9 @@ def execute(driver: DBAPIConnection, text: str, rows: Sequence[tuple[Any, ...]] 
     try:
         if len(rows) > 1:
             cursor.executemany(text, rows)
-            return None
+            return ()
         cursor.execute(text, rows[0])
-        return cursor.fetchone()
+        return cursor.fetchall()
     except sqlite3.Error as error:
         kind: type[sa.exc.DBAPIError] = getattr(sa.exc, type(error).__name__, sa.exc.DBAPIError)
         raise kind(text, rows, error, hide_parameters=True) from error
@@ -128,9 +134,13 @@ def execute(driver: DBAPIConnection, text: str, rows: Sequence[tuple[Any, ...]] 
         cursor.close()
 
 
-def _converted(row: Sequence[Any] | None, converts: Sequence[_Convert | None]) -> Sequence[Any] | None:
-    if row is None:
-        return None
+def _only(rows: Sequence[Sequence[Any]]) -> Sequence[Any] | None:
+    if len(rows) > 1:
+        raise sa.exc.MultipleResultsFound("there are several rows")
+    return rows[0] if rows else None
+
+
+def _converted(row: Sequence[Any], converts: Sequence[_Convert | None]) -> Sequence[Any]:
     return [value if to is None else to(value) for value, to in zip(row, converts, strict=True)]
 
 

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from core.errors import DatabaseUnavailable
 from core.states import DeliveryStatus, DeviceStatus
-from store.database import Base, Database
+from store.database import Base, Database, NaiveTimeError
 from store.prepared import Prepared, Question
 from store.tables import Delivery, Device
 
@@ -175,3 +175,25 @@ def test_a_question_that_fails_is_an_error_of_the_portal(database: Database, tmp
         tx.exec_driver_sql("ALTER TABLE devices RENAME TO gone")
     with pytest.raises(DatabaseUnavailable):
         database.answer(_ASKED, {"wanted": "d1"})
+
+
+def test_all_rows_have_the_values_that_sqlalchemy_returns(database: Database) -> None:
+    of_type = Question(sa.select(Device.id, Device.created_at).where(Device.type == sa.bindparam("wanted")))
+    with database.transaction() as tx:
+        tx.execute(sa.insert(Device), DEVICE | {"id": "d2"})
+        rows = of_type.rows(tx, {"wanted": ""})
+        assert {tuple(row) for row in rows} == {("d1", AT.astimezone(UTC)), ("d2", AT.astimezone(UTC))}
+        assert of_type.rows(tx, {"wanted": "valve"}) == []
+        with pytest.raises(sa.exc.MultipleResultsFound):
+            of_type.within(tx, {"wanted": ""})
+
+
+def test_equal_times_are_written_alike_whatever_their_zone_is(tx: Connection) -> None:
+    insert = Prepared(sa.insert(Device))
+    insert.run(tx, [DEVICE | {"updated_at": AT.astimezone(UTC)}])
+    assert (
+        len({*tx.execute(sa.select(sa.cast(Device.created_at, sa.Text), sa.cast(Device.updated_at, sa.Text))).one()})
+        == 1
+    )
+    with pytest.raises(NaiveTimeError):
+        insert.run(tx, [DEVICE | {"created_at": AT.replace(tzinfo=None)}])

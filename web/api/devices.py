@@ -440,14 +440,13 @@ def list_certificates(call: Call, device_id: str) -> CertificateList:
 
 def registration_of(body: PendingRequest) -> DeviceRequest:
     """Return the device to register, or to expect, with its CSR parsed; raises ``CsrInvalid``, ``KeyRefused``."""
-    values = dict(body)
+    values = body.model_dump(exclude={"topics", "attestation"})
     if values.get("csr") is not None:
         values["csr"] = read_csr(values["csr"])
     if values.get("profile") == DEFAULT:
         values["profile"] = None  # as if it were left out
     values["groups"] = tuple(sorted({*(body.groups or ())}))
-    evidence = values.pop("attestation", None)
-    if evidence is not None:
+    if isinstance(body, RegistrationRequest) and (evidence := body.attestation) is not None:
         values |= {"evidence": evidence.shown(), "policy_id": evidence.policy_id}
     return DeviceRequest(**{**values, "topics": pairs(body.topics)})
 

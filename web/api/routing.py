@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -89,9 +89,22 @@ class AnswerModel(BaseModel):
         """
         for source in sources:
             for name in cls.model_fields:
-                if name not in values and hasattr(source, name):
-                    values[name] = getattr(source, name)
+                if name not in values and (value := getattr(source, name, ...)) is not ...:
+                    values[name] = value
         return cls.model_validate(values)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request that is answered, in ``g.exchange``: what is said of it in the log and the metrics.
+
+    ``started`` is by the performance counter; ``route`` is the rule, once one is found, ``actor`` who asks, if known.
+    """
+
+    request_id: str
+    started: float
+    route: str | None = None
+    actor: Actor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,11 +521,14 @@ def response_of(route: Route, answer: Reply | AnswerModel) -> Response:
     content: bytes | Iterator[bytes] = reply.content
     if reply.model is not None:
         content = reply.model.model_dump_json(exclude_none=reply.model.omit_none).encode()
-    elif not isinstance(content, bytes):
-        content = scope.Scoped(content)
-    response = Response(content, reply.status or route.answers.status)
-    # Afterwards, because a HEAD request for a bundle has a Content-Length without the content.
-    response.headers.update({"Content-Type": reply.media_type, **reply.headers})
+    headers = {"Content-Type": reply.media_type, **reply.headers}
+    if isinstance(content, bytes):
+        # In a list, because Flask sets the length of bytes; that of a reply to HEAD is without the content.
+        body: Iterable[bytes] = [content]
+        headers.setdefault("Content-Length", str(len(content)))
+    else:
+        body = scope.Scoped(content)
+    response = Response(body, reply.status or route.answers.status, headers)
     if not reply.media_type:
         del response.headers["Content-Type"]
     return response

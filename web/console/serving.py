@@ -88,12 +88,12 @@ def is_of_console(app: Flask, path: str) -> bool:
 
 
 def _root() -> Response:
-    g.route = "/"
+    g.exchange.route = "/"
     return _redirect(HOME)
 
 
 def _static(version: str, name: str) -> Response:
-    g.route = f"{static_files.PREFIX}/{{version}}/{{name}}"
+    g.exchange.route = f"{static_files.PREFIX}/{{version}}/{{name}}"
     found = static_files.find(version, name)
     if found is None:
         raise NotFound("This file is of another version of the console; load the page again.")
@@ -103,7 +103,7 @@ def _static(version: str, name: str) -> Response:
 
 def _view(page: Page, portal_of: PortalOf) -> Callable[..., Response]:
     def view(**path: str) -> Response:
-        g.route = page.path
+        g.exchange.route = page.path
         portal = portal_of(current_app)
         with scope.of_request():
             visit = _visit(portal, page, request)
@@ -123,16 +123,16 @@ def _visit(portal: Portal, page: Page, request: Request) -> Visit:
     For the login page a session of such a tenant counts as none: who has it may log in for another one.
     """
     address = client_address(request.environ, portal.settings.trusted_proxies)
-    anyone = Actor(portal.first_tenant, "anyone", "none", g.request_id, address)
+    anyone = Actor(portal.first_tenant, "anyone", "none", g.exchange.request_id, address)
     secret = request.cookies.get(COOKIE, "")
     session = portal.sessions.find(secret) if _SECRET.fullmatch(secret) else None
     if session is None or (page.without_session and not _is_served(portal, session.token.tenant_id)):
         begun = request.cookies.get(LOGIN_COOKIE)
-        return Visit(portal, request, g.request_id, anyone, portal.clock(), login_cookie=begun)
+        return Visit(portal, request, g.exchange.request_id, anyone, portal.clock(), login_cookie=begun)
     scope.enter(session.token.tenant_id)
-    g.actor = actor = actor_with(session.token, request_id=g.request_id, address=address)
+    g.exchange.actor = actor = actor_with(session.token, request_id=g.exchange.request_id, address=address)
     routing.check_tenant(portal, actor, page.action)
-    g.visit = visit = Visit(portal, request, g.request_id, actor, portal.clock(), session, secret)
+    g.visit = visit = Visit(portal, request, g.exchange.request_id, actor, portal.clock(), session, secret)
     return visit
 
 
