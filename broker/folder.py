@@ -207,8 +207,9 @@ class BrokerFolder:
         path = self._settings.secrets_dir / "broker-password"
         try:
             signature, password = self._password
-            if signature and signature_of(path.stat()) == signature:
-                return password
+            with contextlib.suppress(FileNotFoundError):
+                if signature and signature_of(path.stat()) == signature:
+                    return password
             if not path.exists():
                 private_folder(path.parent)
                 with FileLock(path.with_name("broker-password.lock")).hold():

@@ -413,6 +413,17 @@ def test_a_guard_that_does_not_know_the_portal_is_told(place: Place) -> None:
             place.broker.enforce(1, soon())
 
 
+def test_a_password_that_was_replaced_or_removed_is_read_or_made_again(place: Place) -> None:
+    path, first = place.settings.secrets_dir / "broker-password", place.control.files.password()
+    assert place.control.files.password() == first == path.read_text()
+    path.write_text("p" * 43)
+    assert place.control.files.password() == "p" * 43
+    path.unlink()
+    made = place.control.files.password()
+    assert made == path.read_text()
+    assert made not in (first, "p" * 43)
+
+
 def test_a_connection_that_is_reset_is_made_once_more(place: Place) -> None:
     place.install()
     with place.stub() as stub:
