@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
+_BARE = re.compile(r"[!#-<>-~]+")  # printable ASCII without space, quote and equals sign
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -72,7 +74,7 @@ class TextFormatter(logging.Formatter):
 def _plain(value: Any) -> str:
     text = str(value)
     # Quoted as JSON, so that no text from a client can start a line of its own.
-    return text if text and text.isascii() and text.isprintable() and not set(' "=') & set(text) else json.dumps(text)
+    return text if _BARE.fullmatch(text) else json.dumps(text)
 
 
 def _plain_text(text: str) -> str:

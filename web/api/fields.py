@@ -121,6 +121,9 @@ if set(get_args(KeyTypeName)) != set(KEY_TYPES) or not set(get_args(ReasonName))
     raise AssertionError("KeyTypeName and ReasonName must name values of config.KEY_TYPES and pki.issuers.Reason")
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 def _check_metadata(value: dict[str, Any]) -> dict[str, Any]:
     if len(json.dumps(value, ensure_ascii=False).encode()) > METADATA_BYTES:  # first: it bounds what follows
         raise ValueError(f"must be at most {METADATA_BYTES} bytes of JSON")
@@ -139,7 +142,7 @@ def _check_value(value: Any, depth: int) -> None:
         for inner in value:
             _check_value(inner, depth + 1)
     elif isinstance(value, str):
-        if any(ord(character) < 32 or ord(character) == 127 for character in value):
+        if _CONTROL.search(value):
             raise ValueError("must not contain control characters")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must contain finite numbers only")
