@@ -85,3 +85,33 @@ def is_ended(client: socket.socket) -> bool:
         return client.recv(1) == b""
     except (ssl.SSLError, ConnectionError):
         return True
+
+
+def is_ended_while_it_sends(client: socket.socket) -> bool:
+    """Whether the server ends a connection without an answer, though a byte comes now and then: none of it is idle."""
+    client.settimeout(0.05)
+    for _ in range(600):
+        try:
+            client.sendall(b"x")
+            return client.recv(1) == b""
+        except TimeoutError:
+            continue
+        except (ssl.SSLError, ConnectionError):
+            return True
+    return False
+
+
+def accepts(server: ssl.SSLContext, client: ssl.SSLContext) -> bool:
+    """Whether a handshake of the two in memory, with ``localhost``, succeeds at both ends."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = client.wrap_bio(to_client, to_server, server_hostname="localhost")
+    theirs = server.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(4):
+        for side in (ours, theirs):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError:
+                return False
+    return True

@@ -29,7 +29,7 @@ from store.presences import presence_of
 from store.scope import ALL_TENANTS
 from tests.support.guarded import guarded_app
 from tests.support.harness import ON_SQLITE, Clock
-from tests.support.mutual_tls import MutualTlsServer, is_ended, serving
+from tests.support.mutual_tls import MutualTlsServer, is_ended, is_ended_while_it_sends, serving
 from tests.support.pki import PEM, Authority
 from tests.support.ports import free_port
 from tests.workflows.agents.test_agents import der
@@ -346,19 +346,7 @@ def test_a_request_that_does_not_arrive_is_ended(server: Server) -> None:
 def test_a_request_that_arrives_byte_by_byte_is_ended(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_listener, "IDLE_SECONDS", 1.0)
     with server.tls(server.agent().context) as slow:
-        slow.settimeout(0.05)
-        ended = False
-        for _ in range(600):
-            try:
-                slow.sendall(b"x")
-                ended = slow.recv(1) == b""
-            except TimeoutError:
-                continue
-            except (ssl.SSLError, ConnectionError):
-                ended = True
-            if ended:
-                break
-        assert ended
+        assert is_ended_while_it_sends(slow)
 
 
 def test_more_connections_than_there_may_be_are_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,17 +435,8 @@ def test_a_body_of_a_client_that_does_not_count_has_no_more_time_than_its_handsh
     agent = server.agent()
     device = server.certified(agent, AgentCertificate.GOOD)
     with server.tls(device) as slow:
-        slow.settimeout(0.1)
         slow.sendall(b"POST /broker-agents/report HTTP/1.1\r\nContent-Length: 100000\r\n\r\n")
-        ended = False
-        while not ended:  # a byte now and then is no time-out of the connection
-            try:
-                slow.sendall(b"x")
-                ended = slow.recv(1) == b""
-            except TimeoutError:
-                continue
-            except (ssl.SSLError, ConnectionError):
-                ended = True
+        assert is_ended_while_it_sends(slow)
 
 
 @pytest.mark.parametrize("fault", ["no thread", "no descriptor"])

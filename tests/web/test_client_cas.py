@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import mutual_tls
 from tests.support.pki import PEM, Authority, Pki
 from web import listeners
 from web.listeners import ServerTls
@@ -39,20 +40,9 @@ def accepts(tls: ServerTls, folder: Path, pki: Pki, authority: Authority) -> boo
     client = ssl.create_default_context(cadata=pki.ca_bundle.decode())
     client.load_cert_chain(certificate, key)
     client.maximum_version = ssl.TLSVersion.TLSv1_2  # in which the handshake ends with the server's verdict
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ours = client.wrap_bio(to_client, to_server, server_hostname="localhost")
     context = tls.context()
     context.sslsocket_class = ssl.SSLSocket
-    theirs = context.wrap_bio(to_server, to_client, server_side=True)
-    for _ in range(4):
-        for side in (ours, theirs):
-            try:
-                side.do_handshake()
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLError:
-                return False
-    return True
+    return mutual_tls.accepts(context, client)
 
 
 def test_one_ca_more_is_accepted_by_the_context_that_there_is(tls: ServerTls, tmp_path: Path, pki: Pki) -> None:

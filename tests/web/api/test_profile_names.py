@@ -91,9 +91,8 @@ def test_a_profile_is_not_removed_while_something_needs_it(api: Api) -> None:
     refusal(api.post("/register", PUMP | {"profile": "named"}), "no certificate profile named")
 
 
-def test_a_profile_that_is_removed_during_an_upload_costs_its_rows_only(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def remove_once_found(api: Api, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Add a profile, which is removed as soon as a module has found it."""
     add(api, NAMED)
 
     def remove_after(*arguments: Any) -> Any:
@@ -102,7 +101,13 @@ def test_a_profile_that_is_removed_during_an_upload_costs_its_rows_only(
         assert api.delete("/profiles/named").status_code == 200
         return found
 
-    monkeypatch.setattr("workflows.bulk.known.find_profiles", remove_after)
+    monkeypatch.setattr(f"{module}.find_profiles", remove_after)
+
+
+def test_a_profile_that_is_removed_during_an_upload_costs_its_rows_only(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove_once_found(api, monkeypatch, "workflows.bulk.known")
     answers = upload(api, [{"name": "pump-1", "profile": "named"}, {"name": "pump-2"}])
     assert [answer.get("code") for answer in answers] == ["profile_refused", None]
 
@@ -110,15 +115,7 @@ def test_a_profile_that_is_removed_during_an_upload_costs_its_rows_only(
 def test_a_profile_that_is_removed_during_a_registration_is_not_given(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(api, NAMED)
-
-    def remove_after(*arguments: Any) -> Any:
-        found = find_profiles(*arguments)
-        monkeypatch.undo()
-        assert api.delete("/profiles/named").status_code == 200
-        return found
-
-    monkeypatch.setattr("workflows.registration.find_profiles", remove_after)
+    remove_once_found(api, monkeypatch, "workflows.registration")
     refusal(api.post("/register", PUMP | {"profile": "named"}), "no certificate profile named")
     assert api.get("/devices").json["devices"] == []
 
