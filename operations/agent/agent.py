@@ -26,7 +26,7 @@ from core.errors import (
     Unavailable,
 )
 from core.failpoints import failpoint
-from operations.agent.certificates import AgentCertificates
+from operations.agent.certificates import AGENT, SERVER, AgentCertificates
 from operations.agent.client import WAIT_SECONDS, PortalClient
 from operations.agent.folder import AgentFolder, State, utc_seconds
 from operations.agent.pages import Loading, Pages
@@ -139,7 +139,10 @@ class Agent:
 
     def renew_certificates(self) -> None:
         """Have the certificates renewed that are due; raise as ``follow`` does."""
-        if "agent" in self._certificates.renew(self._client):
+        renewed = self._certificates.renew(self._client)
+        if SERVER in renewed:
+            self._restarts.look_soon()
+        if AGENT in renewed:
             self._client.close()
             self._client = PortalClient(self._folder, self._identity, self._run)
 

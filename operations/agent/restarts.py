@@ -48,11 +48,17 @@ class AgentRestarts:
         seconds = self._restarts.seconds_until_due()
         if seconds == math.inf:
             self._restarts.ask_for(reason)
-        elif seconds == 0:
+        elif seconds > 0:
+            self._look_at = now + seconds
+        else:
             log.warning("the broker is restarted", extra={"because": str(reason)})
             self._restarts.restart(reason)
             return True
         return False
+
+    def look_soon(self) -> None:
+        """Look at the next occasion: the broker was given something that it may take in at its start only."""
+        self._look_at = 0.0
 
     def _reason(self) -> RestartReason | None:
         """Return why the broker has to be restarted: also if it shows an older certificate than it was given."""

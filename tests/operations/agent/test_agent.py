@@ -392,6 +392,25 @@ def test_a_broker_that_shows_an_older_certificate_is_restarted(
     assert restarted.exists()
 
 
+def test_a_broker_that_was_given_a_new_certificate_is_restarted_as_soon_as_it_may_be(
+    portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    restarted, server = tmp_path / "restarted", place.journal.with_name("server.pem")
+    agent = place.agent(PORTAL_BROKER_RESTART=f"touch {restarted}")
+    agent.follow(0)
+    shown = x509.load_pem_x509_certificate(server.read_bytes()).public_bytes(Encoding.DER)
+    monkeypatch.setattr(BrokerProvisioning, "server_certificate", lambda *_arguments: shown)
+    seconds = [1e-9, 0.0]  # it was started a moment ago
+    monkeypatch.setattr(BrokerRestarts, "seconds_until_due", lambda _self: seconds.pop(0))
+    agent.look()
+    server.unlink()
+    agent.renew_certificates()
+    agent.look()
+    assert not restarted.exists()
+    agent.look()
+    assert restarted.exists()
+
+
 def test_a_broker_whose_address_was_changed_is_restarted_to_show_its_new_name(
     portal: Portal, place: Place, guard: GuardStub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
