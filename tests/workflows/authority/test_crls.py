@@ -22,6 +22,7 @@ from operations.wiring import Portal
 from pki.issuers import CLOCK_SKEW
 from store import issuers
 from store.tables import Certificate
+from tests.support.statements import noting
 from workflows.authority.crl_publication import LEAST_PAUSE, MAX_SHARE
 from workflows.authority.crls import RevokedEntries, next_crl
 
@@ -141,13 +142,8 @@ def test_a_hold_that_ends_in_revocation_changes_its_entry(portal: Portal, one: P
 @contextmanager
 def statements(portal: Portal) -> Iterator[list[str]]:
     seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        seen.append(statement)
-
-    sa.event.listen(portal.database.engine, "before_cursor_execute", note)
-    yield seen
-    sa.event.remove(portal.database.engine, "before_cursor_execute", note)
+    with noting(portal.database.engine, lambda statement, _rows: seen.append(statement)):
+        yield seen
 
 
 def test_an_entry_is_read_once_by_a_process(portal: Portal, one: Process, monkeypatch: pytest.MonkeyPatch) -> None:
