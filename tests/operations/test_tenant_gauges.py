@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
-import sqlalchemy as sa
 
 from config import Settings
 from core.metrics import Gauge
@@ -14,6 +13,7 @@ from operations.wiring import Portal, open_portal
 from store import tenants
 from store.audit import Actor
 from tests.support.harness import Clock
+from tests.support.statements import noting
 from tests.support.tenants import add_tenant
 from tests.workflows.test_registration import OPERATOR, PUMP
 
@@ -89,12 +89,8 @@ def statements(portal: Portal) -> Callable[[Callable[[], object]], int]:
     def sent(call: Callable[[], object]) -> int:
         seen: list[str] = []
 
-        def note(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
-            seen.append(statement)
-
-        sa.event.listen(portal.database.engine, "before_cursor_execute", note)
-        call()
-        sa.event.remove(portal.database.engine, "before_cursor_execute", note)
+        with noting(portal.database.engine, lambda statement, _rows: seen.append(statement)):
+            call()
         return len(seen)
 
     return sent
