@@ -267,6 +267,7 @@ class GuardControl(JournalControl, Mosquitto):
         if guard.version < GUARD_VERSION:
             raise _other_version()
         if proven >= FAILURE:
+            self._forget_guard()  # it reads the journal when it is asked, so it does not follow this one
             self._await(session, position, deadline)
             allowed = [session.publish(topic) for topic in identify]
         if any(answer != NOT_AUTHORISED for answer in allowed):

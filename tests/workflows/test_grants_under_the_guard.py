@@ -162,6 +162,33 @@ def test_a_device_is_not_given_out_once_the_guard_was_seen_not_to_follow(guarded
         guarded.register()
 
 
+def test_a_device_waits_for_the_proof_as_soon_as_the_guard_has_not_followed(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded.register()
+    control: Any = guarded.portal.broker.control
+    waits, over = threading.Event(), threading.Event()
+    await_proof = control._await
+
+    def waiting(*arguments: Any) -> None:
+        waits.set()
+        over.wait()
+        guarded.guard.stopped = False
+        await_proof(*arguments)
+
+    monkeypatch.setattr(control, "_await", waiting)
+    _, generation = registered_with_a_bundle(guarded)
+    guarded.guard.stopped = True
+    with ThreadPoolExecutor(1) as pool:
+        applying = pool.submit(guarded.portal.reconciler.apply, generation)
+        assert waits.wait(10)
+        is_granted = guarded.portal.reconciler._granting.grant(generation)
+        over.set()
+        assert applying.result().covers(generation)
+    assert not is_granted
+    assert guarded.portal.reconciler._granting.grant(generation)
+
+
 def test_a_device_is_given_out_while_the_broker_does_not_run(guarded: Guarded) -> None:
     guarded.register()
     guarded.running.close()
