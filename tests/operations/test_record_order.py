@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from flask import Flask
 
 from app import portal_of
@@ -14,6 +13,7 @@ from core.roles import Role
 from operations import jobs
 from store import audit
 from tests.support.harness import Api, Clock, api_as, csr_pem
+from tests.support.statements import noting
 from workflows.tenant_life import record_of_both
 
 TENANTS = ("zeta", "acme", "mill")
@@ -77,10 +77,10 @@ def test_what_is_done_to_a_tenant_is_recorded_in_the_order_of_the_tenants(app: F
 def test_a_key_of_a_device_is_looked_up_once_when_it_is_certified(app: Flask) -> None:
     admin, looked = api_as(app, Role.ADMIN), list[str]()
 
-    @sa.event.listens_for(portal_of(app).database.engine, "before_cursor_execute")
-    def statement(_connection: Any, _cursor: Any, text: str, *_more: Any) -> None:
-        if text.startswith("SELECT") and "FROM device_keys" in text:
-            looked.append(text)
+    def note(statement: str, _rows: object) -> None:
+        if statement.startswith("SELECT") and "FROM device_keys" in statement:
+            looked.append(statement)
 
-    admin.register(csr=csr_pem())
+    with noting(portal_of(app).database.engine, note):
+        admin.register(csr=csr_pem())
     assert len(looked) == 1
