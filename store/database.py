@@ -33,7 +33,13 @@ from store.prepared import Question, Values
 from store.shared_transactions import Item, Result, SharedTransactions
 
 # The server does not answer, is locked or full, or can only be read (InternalError).
-_UNAVAILABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
+_UNAVAILABLE = (
+    sa.exc.OperationalError,
+    sa.exc.InterfaceError,
+    sa.exc.InternalError,
+    sa.exc.TimeoutError,
+    sqlite3.OperationalError,  # of a connection that was to be opened for the driver alone
+)
 WRITE_LOCK = ".write.lock"  # in the data folder
 BUSY_TIMEOUT_SECONDS = 5.0
 INSUFFICIENT_PRIVILEGE = "42501"  # of PostgreSQL's errors
@@ -351,8 +357,9 @@ def _translated() -> Iterator[None]:
         yield
     except _UNAVAILABLE as error:
         raise DatabaseUnavailable("The database does not answer, is read-only or full; try again shortly.") from error
-    except sa.exc.DatabaseError as error:
-        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF  # the primary code, without the extended part
+    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
+        of_driver = getattr(error, "orig", error)
+        code = getattr(of_driver, "sqlite_errorcode", 0) & 0xFF  # the primary code, without the extended part
         if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise
         raise DatabaseUnavailable("The database file is damaged; restore a backup, with --replace.") from error

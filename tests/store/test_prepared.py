@@ -177,6 +177,21 @@ def test_a_question_that_fails_is_an_error_of_the_portal(database: Database, tmp
         database.answer(_ASKED, {"wanted": "d1"})
 
 
+@pytest.mark.parametrize("content", [None, b"no database, and longer than a page's header is" * 100])
+def test_a_question_for_which_no_connection_can_be_opened_is_an_error_of_the_portal(
+    database: Database, tmp_path: Path, content: bytes | None
+) -> None:
+    database.engine.dispose()
+    for left in tmp_path.glob("portal.db*"):
+        left.unlink()
+    if content is None:
+        (tmp_path / "portal.db").mkdir()
+    else:
+        (tmp_path / "portal.db").write_bytes(content)
+    with pytest.raises(DatabaseUnavailable):
+        database.answer(_ASKED, {"wanted": "d1"})
+
+
 def test_all_rows_have_the_values_that_sqlalchemy_returns(database: Database) -> None:
     of_type = Question(sa.select(Device.id, Device.created_at).where(Device.type == sa.bindparam("wanted")))
     with database.transaction() as tx:
