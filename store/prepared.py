@@ -56,7 +56,7 @@ class Prepared:
         """Execute it for each of the rows, which have the same names and of which there is one at least."""
         if tx.dialect.name == "sqlite":
             text = self._text(tx.dialect, rows[0])
-            execute(tx.connection, text.text, [text.of(row) for row in rows])
+            execute(_writing(tx), text.text, [text.of(row) for row in rows])
         else:
             tx.execute(self._statement, rows)
 
@@ -64,7 +64,7 @@ class Prepared:
         """Execute it once, and return the one row that it returns."""
         if tx.dialect.name == "sqlite":
             text = self._text(tx.dialect, values)
-            [row] = execute(tx.connection, text.text, [text.of(values)])
+            [row] = execute(_writing(tx), text.text, [text.of(values)])
             return row
         return tx.execute(self._statement, values).one()
 
@@ -132,6 +132,17 @@ def execute(driver: DBAPIConnection, text: str, rows: Sequence[tuple[Any, ...]] 
         raise kind(text, rows, error, hide_parameters=True) from error
     finally:
         cursor.close()
+
+
+def _writing(tx: Connection) -> DBAPIConnection:
+    """Return the driver's connection, which must be in a transaction: else it would commit each statement by itself.
+
+    SQLite ends a transaction of its own accord where the disk is full.
+    """
+    driver = tx.connection
+    if not driver.in_transaction:
+        raise sa.exc.OperationalError(None, None, sqlite3.OperationalError("the transaction has ended"))
+    return driver
 
 
 def _only(rows: Sequence[Sequence[Any]]) -> Sequence[Any] | None:

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from core.errors import DatabaseUnavailable
 from core.states import DeliveryStatus, DeviceStatus
 from store.database import Base, Database, NaiveTimeError
-from store.prepared import Prepared, Question
+from store.prepared import Prepared, Question, execute
 from store.tables import Delivery, Device
 
 AT = datetime(2026, 3, 1, 12, 30, 0, 250, tzinfo=timezone(timedelta(hours=2)))
@@ -190,6 +190,20 @@ def test_a_question_for_which_no_connection_can_be_opened_is_an_error_of_the_por
         (tmp_path / "portal.db").write_bytes(content)
     with pytest.raises(DatabaseUnavailable):
         database.answer(_ASKED, {"wanted": "d1"})
+
+
+def test_nothing_is_written_once_the_transaction_has_ended(database: Database) -> None:
+    insert = Prepared(sa.insert(Device))
+
+    def work(tx: Connection) -> None:
+        insert.run(tx, [{**DEVICE, "id": "d2"}])
+        execute(tx.connection, "ROLLBACK")  # as SQLite does of its own accord where the disk is full
+        insert.run(tx, [{**DEVICE, "id": "d3"}])
+
+    with pytest.raises(DatabaseUnavailable):
+        database.write(work)
+    with database.snapshot() as tx:
+        assert tx.scalars(sa.select(Device.id)).all() == ["d1"]
 
 
 def test_all_rows_have_the_values_that_sqlalchemy_returns(database: Database) -> None:
