@@ -1,6 +1,7 @@
 /* Tries what the guard reads before it refuses somebody; build with AddressSanitizer and UBSan. */
 #include "../checksum.h"
 #include "../guard.h"
+#include "expect.h"
 
 #include <fcntl.h>
 #include <stdio.h>
@@ -10,18 +11,6 @@
 
 #define ONE "00000000-0000-4000-8000-000000000001"
 #define TWO "00000000-0000-4000-8000-000000000002"
-
-static unsigned failures;
-
-#define EXPECT(condition) expect(condition, #condition)
-
-static void expect(bool holds, const char *what)
-{
-    if (!holds) {
-        printf("not so: %s\n", what);
-        failures++;
-    }
-}
 
 static char folder[] = "/tmp/guard-catch-up-XXXXXX", path[sizeof folder + 16], next_path[sizeof folder + 16];
 

@@ -1,23 +1,12 @@
 /* What one identity may ask for: budgets of SUBSCRIBE, and topics with a retained message. */
 #include "../limits.h"
+#include "expect.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
 #define TOPICS 5000
 #define MOST 2000
-
-static unsigned failures;
-
-#define EXPECT(condition) expect(condition, #condition)
-
-static void expect(bool holds, const char *what)
-{
-    if (!holds) {
-        printf("not so: %s\n", what);
-        failures++;
-    }
-}
 
 /* Return how many filters are granted at once. */
 static unsigned granted(const char *id, enum cost cost, int64_t now)

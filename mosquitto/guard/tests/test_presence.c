@@ -1,6 +1,7 @@
 /* Who is connected, told in parts: none is larger than a client's queue, and no change overtakes the part it is about. */
 #include "../log.h"
 #include "../presence.h"
+#include "expect.h"
 
 #include <mosquitto.h>
 #include <mosquitto_broker.h>
@@ -15,17 +16,6 @@ static struct {
     unsigned messages, bytes, entries, ends, mores, changes;
     bool seen[DEVICES + 1];
 } told;
-static unsigned failures;
-
-#define EXPECT(condition) expect(condition, #condition)
-
-static void expect(bool holds, const char *what)
-{
-    if (!holds) {
-        printf("not so: %s\n", what);
-        failures++;
-    }
-}
 
 static unsigned count(const char *text, const char *word)
 {

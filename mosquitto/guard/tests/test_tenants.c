@@ -1,5 +1,6 @@
 /* Tries the lines of tenants, as the journal's reader applies them; build with AddressSanitizer and UBSan. */
 #include "../line.h"
+#include "expect.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,18 +9,6 @@
 #define ONE "00000000-0000-4000-8000-000000000001"
 #define TWO "00000000-0000-4000-8000-000000000002"
 #define HASH "00112233445566778899aabbccddeeff00112233445566778899aabbccddee"
-
-static unsigned failures;
-
-#define EXPECT(condition) expect(condition, #condition)
-
-static void expect(bool holds, const char *what)
-{
-    if (!holds) {
-        printf("not so: %s\n", what);
-        failures++;
-    }
-}
 
 static struct registry *registry;
 static uint64_t sequence;
