@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 from core.errors import KeyCompromised, KeyInUse, PortalError
 from core.states import DeviceStatus
 from store import audit
+from store.database import columns_of
 from store.prepared import Prepared, Question
 from store.tables import Device, DeviceKey
 
@@ -20,7 +21,8 @@ _BATCH = 500
 _INSERT = Prepared(sa.insert(DeviceKey))
 
 
-class _Known(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Known:
     """A key that was recorded, with the status of its device, ``None`` if there is none."""
 
     tenant_id: str
@@ -32,13 +34,7 @@ class _Known(NamedTuple):
 
 def _known_where(wanted: sa.ColumnElement[bool]) -> sa.Select[*tuple[Any, ...]]:
     return (
-        sa.select(
-            DeviceKey.tenant_id,
-            DeviceKey.key_fingerprint,
-            DeviceKey.device_id,
-            DeviceKey.compromised_at,
-            Device.status,
-        )
+        sa.select(*columns_of(_Known, DeviceKey, status=Device.status.expression))
         .outerjoin(Device, sa.and_(Device.tenant_id == DeviceKey.tenant_id, Device.id == DeviceKey.device_id))
         .where(
             sa.or_(  # each has an index of its own
@@ -148,7 +144,7 @@ def _known(tx: Connection, tenant_id: str, key_fingerprints: Sequence[str]) -> t
             rows = _KNOWN_ONE.rows(tx, {"of_tenant": tenant_id, "wanted": some[0]})
         else:
             rows = tx.execute(_KNOWN, {"of_tenant": tenant_id, "wanted": some}).all()
-        for row in map(_Known._make, rows):
+        for row in (_Known(*row) for row in rows):
             if row.tenant_id == tenant_id:
                 own[row.key_fingerprint] = row
             if row.compromised_at is not None:
