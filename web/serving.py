@@ -30,6 +30,7 @@ from core import processors
 from core.errors import PortalError, StartupError
 from core.setting_values import Address
 from web.listeners import ClientSocket, RequestBody, ServerTls, allow_open_files, listen, listen_again, stop_listening
+from web.sharing import SharedListener, Sharing
 from web.slow_clients import MAX_LINGERING, Lingering, SlowClients
 
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops
@@ -209,13 +210,36 @@ class _Log(Logger):
 class _Worker(ThreadWorker):
     """gunicorn's, which else lets the kernel take connections while it stops, and resets them, and miscounts them."""
 
-    nr_conns: int
+    sockets: list[Any]
     number = 0  # from 0, no other worker's of the same gunicorn
+    _sharing: Sharing | None = None
+    _connections = 0
+
+    @property
+    def nr_conns(self) -> int:
+        """How many connections this worker has; gunicorn counts them, and the other workers see it."""
+        return self._connections
+
+    @nr_conns.setter
+    def nr_conns(self, connections: int) -> None:
+        self._connections = connections
+        if self._sharing is not None and self.alive:
+            self._sharing.count(self.number, connections)
+
+    def share(self, sharing: Sharing) -> None:
+        """Share connections with the other workers from now on."""
+        own: list[socket.socket] = [SharedListener(sharing, self.number, listener) for listener in self.sockets]
+        _close(self.sockets)
+        self.sockets = [*own, sharing.inbox(self.number)]
+        self._sharing = sharing
+        sharing.count(self.number, self._connections)
 
     def set_accept_enabled(self, enabled: bool) -> None:
         """Also take what waits before it listens no more."""
         super().set_accept_enabled(enabled)
         if not enabled and not self.alive:
+            if self._sharing is not None:
+                self._sharing.close(self.number)
             stop_listening(self.sockets, self.accept)
 
     def finish_request(self, conn: Any, fs: Any) -> None:
@@ -249,6 +273,8 @@ class _Gunicorn(BaseApplication):
         self._link = link
         self._tls = tls
         self._worker: Any = None
+        workers = settings.workers
+        self._sharing = Sharing([socket.socketpair() for _ in range(workers)]) if workers > 1 else None
         self._lingering = Lingering()
         self._under_way = threading.local()  # the request that a thread of gunicorn's works on
         super().__init__()
@@ -282,6 +308,7 @@ class _Gunicorn(BaseApplication):
             "post_request": self._post_request,
             "post_worker_init": self._post_worker_init,
             "worker_exit": self._worker_exit,
+            "child_exit": self._child_exit,
         }
         if (tls := self._tls) is not None:
             options |= {"certfile": str(tls.certificate), "keyfile": str(tls.key)}
@@ -408,6 +435,8 @@ class _Gunicorn(BaseApplication):
         processors.keep_to_one(worker.number, self._settings.workers)  # the threads for requests, which start at need
         for listener in worker.sockets:
             listen_again(listener)  # as it does already, unless the worker before was told to end, or could not start
+        if self._sharing is not None:
+            worker.share(self._sharing)
 
     def _pre_request(self, _worker: Any, request: Any) -> None:
         """In a thread that is about to answer a request."""
@@ -429,6 +458,11 @@ class _Gunicorn(BaseApplication):
         """In a worker that ends: let nothing of the master's stack run in it."""
         stopped = sys.exc_info()[1]
         _exit(_status(stopped) if isinstance(stopped, SystemExit) else 1)
+
+    def _child_exit(self, _server: Any, worker: Any) -> None:
+        """In the master: have nothing given to a worker that has ended, until the next one is ready."""
+        if self._sharing is not None:
+            self._sharing.close(worker.number)
 
 
 def _close(sockets: Iterable[socket.socket]) -> None:
