@@ -15,6 +15,21 @@ fail() {
     exit 1
 }
 
+# Where a script is asked for its help, print the comment at its head, before anything else happens.
+show_help() {
+    case ${1:-} in
+        -h | --help)
+            sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
+            exit 0
+            ;;
+    esac
+}
+
+takes_no_arguments() {
+    show_help "$@"
+    [ $# = 0 ] || fail "$(basename "$0") takes no arguments; with --help it says what it does."
+}
+
 # Run a command as root, without ever asking for a password; fails where that is not possible.
 as_root() {
     if [ "$(id -u)" = 0 ]; then
