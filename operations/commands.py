@@ -24,7 +24,7 @@ from config import LogFormat, Settings
 from core import logs, metrics
 from core.broker_control import ControlKind
 from core.errors import StartupError
-from core.files import own_until_exit, replace_file
+from core.files import is_owned, own_until_exit, replace_file
 from core.given_settings import CONFIG_VARIABLE, config_file, variable_of
 from core.server_command import server_command
 from operations import data_folder
@@ -132,6 +132,16 @@ def open_log(path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StartupError(f"{path} cannot be opened ({error.strerror}); check its disk.") from error
+
+
+def _check_not_running(settings: Settings) -> None:
+    """Raise ``StartupError`` if a portal serves on the data folder, with whose broker another one cannot share it."""
+    folder = settings.data_dir
+    if (folder / data_folder.SERVING_LOCK).exists() and is_owned(folder / data_folder.SERVING_LOCK):
+        raise StartupError(
+            f"The portal of {folder} is running already. In this terminal use it after: source"
+            f" {shlex.quote(str(folder / 'operator.env'))}; to start another one, stop it first or set another PORTAL_DATA_DIR."
+        )
 
 
 def _wait_for_broker(settings: Settings, trust_anchor: str) -> None:
@@ -467,6 +477,8 @@ def commands(
     def serve(beside_broker: bool) -> None:
         """Serve the portal over HTTPS until it is stopped."""
         settings = settings_of_app()
+        if beside_broker:
+            _check_not_running(settings)  # at once: an address in use is waited for
         check_addresses(settings)  # before anything is made: a port is written into the CA's first certificates
         raise SystemExit(_serve(settings, create_app, portal_of, serve_app, beside_broker=beside_broker))
 

@@ -81,7 +81,9 @@ def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
         # Another one beside it refuses, and does not disturb it.
         with Run(data, run.addresses) as second:
             assert second.wait_end() == 1
-        assert "is in use; stop what uses it or set PORTAL_" in second.printed
+        printed = second.printed.removeprefix("Setting up.\n")
+        assert printed.startswith(f"Error: The portal of {data} is running already. "), printed
+        assert f"source {data}/operator.env;" in printed
         assert run.bash("./portal list").stdout.count("pump-1") == 1
 
         assert run.terminate() == 0
@@ -126,6 +128,7 @@ def test_it_ends_and_says_so_when_the_broker_has_died(folder: Path) -> None:
         os.kill(int((folder / "data" / "broker" / "mosquitto.pid").read_text()), signal.SIGKILL)
         assert run.wait_end() == 1
     assert f"Mosquitto has stopped by itself. The last lines of {folder}/data/broker/mosquitto.log:" in run.printed
+    assert run.printed.endswith("\nPortal and broker are stopped. To start again, run: scripts/run\n")
     assert "Killed" not in run.printed  # as bash says of its children
     assert processes_with(str(folder / "data")) == []
 
