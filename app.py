@@ -24,7 +24,6 @@ from core import errors, logs, metrics
 from core.errors import StartupError
 from core.served_tenants import ServedTenants
 from operations import commands, jobs
-from operations.server_program import program
 from operations.wiring import Portal, open_portal, utc_now
 from store import scope
 from web.api import (
@@ -100,7 +99,7 @@ def create_app(
     commands which do not need them open no data folder. Raises ``click.ClickException`` if a setting is invalid.
     """
     app = Flask("portal", root_path=os.path.dirname(__file__), static_folder=None)
-    for command in _commands():
+    for command in server_commands():
         app.cli.add_command(command)
     if settings is None:
         try:
@@ -142,7 +141,8 @@ def _routes(*, with_console: bool) -> Flask:
     return app
 
 
-def _commands() -> list[click.Command]:
+def server_commands() -> list[click.Command]:
+    """Return the server's own commands."""
     return commands.commands(create_app, portal_of, serve, check_addresses)
 
 
@@ -280,6 +280,3 @@ def _failed(error: Exception) -> Response:
     if downloads.is_for_person(request):
         return downloads.page_of_problem(response, problem, error)
     return response
-
-
-server = program(create_app, _commands())

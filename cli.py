@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take time
+    from onboarding_portal.interrupts import exit_at_once
+
+    exit_at_once()
+
 import os
 import sys
 from collections.abc import Sequence
@@ -13,11 +18,10 @@ from commands.connection import ConnectionOptions
 from commands.context import CONNECTION, connection_options
 from commands.lazy import Lazy, LazyCommands
 from onboarding_portal import VERSION, streams
+from onboarding_portal.interrupts import INTERRUPTED, raised
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 SECTIONS = {
     "Devices": {
@@ -99,18 +103,20 @@ class PortalGroup(click.Group):
         **extra: Any,
     ) -> NoReturn:
         """Run the command, then exit: 0 success, 1 failure, 2 usage error, 3 portal not reached, 130 interrupted."""
-        streams.prepare()
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-            sys.stdout.flush()
+            with raised():
+                streams.prepare()
+                code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+                sys.stdout.flush()
         except click.ClickException as error:
             if isinstance(error, click.NoSuchOption) and error.option_name == "--profile":
                 said = f"{error.message} A login profile stands before the command: portal --profile NAME …"
                 error = click.NoSuchOption(error.option_name, said, ctx=error.ctx)
             error.show()
             sys.exit(error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            sys.stderr.write("\n")
+        except (click.Abort, KeyboardInterrupt) as error:
+            if not isinstance(error.__cause__, KeyboardInterrupt):  # after which click has ended the line
+                sys.stderr.write("\n")
             sys.exit(INTERRUPTED)
         except BrokenPipeError:  # the reader, such as head, has ended
             streams.drop_output()

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 import click
 from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
-from app import server
+from app import create_app, server_commands
 from cli import cli
 from onboarding_portal import VERSION
+from operations.server_program import program
 
+server = program(lambda: (create_app, server_commands()))
 PROGRAMS: dict[str, click.Group] = {"portal": cli, "portal-server": server}
 PLACES: dict[type[ShellComplete], str] = {
     BashComplete: "share/bash-completion/completions/{}",
@@ -24,19 +26,20 @@ PLACES: dict[type[ShellComplete], str] = {
 }
 EXIT_STATUS = {
     "portal": "0 success, 1 failure, 2 wrong usage, 3 the portal was not reached, 130 interrupted.",
-    "portal-server": "0 success, 1 failure, 2 wrong usage; doctor and restore have others, which they name.",
+    "portal-server": "0 success, 1 failure, 2 wrong usage, 130 interrupted;"
+    " doctor and restore have others, which they name.",
 }
 
 
 def command_files() -> dict[str, str]:
     """Return each file's text by its place below the environment's folder."""
     files = {}
-    for program, group in PROGRAMS.items():
-        for words, context in _contexts(group, program, None):
+    for name, group in PROGRAMS.items():
+        for words, context in _contexts(group, name, None):
             files[f"share/man/man1/{'-'.join(words)}.1"] = _page(words, context)
         for shell, place in PLACES.items():
-            variable = f"_{program.replace('-', '_')}_complete".upper()
-            files[place.format(program)] = shell(group, {}, program, variable).source()
+            variable = f"_{name.replace('-', '_')}_complete".upper()
+            files[place.format(name)] = shell(group, {}, name, variable).source()
     return files
 
 
@@ -47,7 +50,9 @@ def _contexts(
     yield context.command_path.split(), context
     if isinstance(command, click.Group):
         for inner in command.list_commands(context):
-            yield from _contexts(command.commands[inner], inner, context)
+            found = command.get_command(context, inner)
+            if found is not None:
+                yield from _contexts(found, inner, context)
 
 
 def _page(words: list[str], context: click.Context) -> str:

@@ -146,16 +146,19 @@ def _opened() -> tuple[Settings, AgentFolder]:
     return settings, folder
 
 
-@click.group("portal-server", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(VERSION, prog_name="portal-server")
-def agent_program() -> None:
-    """Run the portal's agent; all other commands need the portal's own packages."""
-
-
-agent_program.add_command(agent_group)
-
-
 def main() -> NoReturn:
     """Run ``portal-server agent …`` without what only the portal needs: no database is opened, no web server made."""
-    agent_program(prog_name="portal-server")
+    from onboarding_portal.server_group import ServerGroup  # which the portal's own program has, not the portal
+
+    @click.group(
+        "portal-server",
+        cls=ServerGroup,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    @click.version_option(VERSION, prog_name="portal-server")
+    def program() -> None:
+        """Run the portal's agent; all other commands need the portal's own packages."""
+
+    program.add_command(agent_group)
+    program(prog_name="portal-server")
     raise SystemExit(0)

@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 import pytest
 
-from app import server
+from app import server_commands
 from cli import cli
-from scripts.manual import command_files
+from operations.server_program import OTHER_NAMES, SUMMARIES
+from scripts.manual import PROGRAMS, command_files
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,14 @@ def files() -> dict[str, str]:
 def commands(command: click.Command, *words: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     yield words, command
     if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
             yield from commands(inner, *words, name)
 
 
-ALL = [*commands(cli, "portal"), *commands(server, "portal-server")]
+ALL = [*commands(cli, "portal"), *commands(PROGRAMS["portal-server"], "portal-server")]
 
 
 def test_there_is_a_page_for_each_command(files: dict[str, str]) -> None:
@@ -38,6 +42,17 @@ def test_there_is_a_page_for_each_command(files: dict[str, str]) -> None:
 def test_80_columns_show_the_summary_of_each_command_whole() -> None:
     summaries = {words: (command.help or "").partition("\n")[0] for words, command in ALL if len(words) > 1}
     assert {words: summary for words, summary in summaries.items() if len(summary) > 60 or summary[-1:] != "."} == {}
+
+
+def test_the_server_program_has_each_of_its_commands_with_the_summary_of_its_help() -> None:
+    helps = {
+        words[1]: (command.help or "").partition("\n")[0]
+        for words, command in ALL
+        if words[0] == "portal-server" and len(words) == 2
+    }
+    loaded = {OTHER_NAMES.get(str(command.name), command.name) for command in server_commands()}
+    assert helps == SUMMARIES
+    assert loaded == set(SUMMARIES)
 
 
 def test_troff_finds_nothing_wrong(files: dict[str, str], tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from click.testing import CliRunner
 
 from core.files import FileLock
 from operations.agent import commands
-from operations.agent.commands import LOCK, SILENT_SECONDS, agent_program
+from operations.agent.commands import LOCK, SILENT_SECONDS, agent_group
 from operations.agent.folder import settings_of, utc_seconds
 from tests.operations.agent.conftest import Place
 
 
 def status(place: Place) -> tuple[int, str]:
-    done = CliRunner().invoke(agent_program, ["agent", "status"], env=place.environment)
+    done = CliRunner().invoke(agent_group, ["status"], env=place.environment)
     return done.exit_code, done.output
 
 
