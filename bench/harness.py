@@ -47,7 +47,10 @@ def stopped_in_order() -> Iterator[None]:
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A folder that the broker's user may pass through, with a path short enough for a unix socket; removed after."""
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix="pb-"))
+    try:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix="pb-"))
+    except OSError as error:
+        sys.exit(f"No folder can be made in {parent} ({error.strerror}); choose another one with --folder.")
     folder.chmod(0o711)
     try:
         yield folder

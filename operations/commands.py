@@ -140,7 +140,8 @@ def _check_not_running(settings: Settings) -> None:
     if (folder / data_folder.SERVING_LOCK).exists() and is_owned(folder / data_folder.SERVING_LOCK):
         raise StartupError(
             f"The portal of {folder} is running already. In this terminal use it after: source"
-            f" {shlex.quote(str(folder / 'operator.env'))}; to start another one, stop it first or set another PORTAL_DATA_DIR."
+            f" {shlex.quote(str(folder / 'operator.env'))}; to start another one, stop it first or set another"
+            " PORTAL_DATA_DIR."
         )
 
 
