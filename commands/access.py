@@ -7,11 +7,10 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.client import Client
 from commands.completing import saved_names
 from commands.connection import (
     OVERRIDDEN,
@@ -50,6 +49,9 @@ from commands.sign_on import log_in
 from commands.times import Span
 from onboarding_portal import VERSION
 
+if TYPE_CHECKING:
+    from commands.client import Client
+
 LOCAL_CA = Path("data/ca.pem")  # of a portal that runs in this folder
 _PROFILE = click.option(
     "--profile", metavar="NAME", help="Name of the login.  [default: default]", shell_complete=saved_names
@@ -84,7 +86,7 @@ def login(portal: Remote, profile: str | None, oidc: bool, lists: bool) -> None:
     profile = profile or chosen_profile(portal.given, os.environ)
     path = login_path(os.environ, profile)
     settings = _by_provider(portal, path) if oidc else _asked(portal, path)
-    client = Client(settings, version=VERSION)
+    client = _client(settings)
     client.get("/devices", limit=1)
     tenant = _tenant_of(client)
     if portal.given.tenant not in (None, tenant):
@@ -154,6 +156,12 @@ def _first_use(tenant: str, token: str | None) -> str:
     return f"portal --tenant {tenant} list" if overridden or tenant != DEFAULT_TENANT else "portal list"
 
 
+def _client(settings: ConnectionSettings) -> Client:
+    from commands.client import Client  # imported by what makes a call
+
+    return Client(settings, version=VERSION)
+
+
 def _tenant_of(client: Client) -> str:
     """Return the tenant of the token; an older portal has one only."""
     answer = client.call("GET", "/whoami", accept=(404,))
@@ -169,7 +177,7 @@ def _by_provider(portal: Remote, path: Path) -> ConnectionSettings:
     if portal.given.token is not None or portal.given.token_file is not None:
         raise Misused("Use either --oidc, which makes a token, or a token.")
     settings = resolve(_addressed(portal, path), {}, use_login=False)
-    token = log_in(Client(settings, version=VERSION), portal.out, portal.given.tenant)
+    token = log_in(_client(settings), portal.out, portal.given.tenant)
     return dataclasses.replace(settings, token=token, token_source="the identity provider")  # noqa: S106 - its origin
 
 

@@ -6,7 +6,6 @@ import contextlib
 import email.utils
 import json
 import re
-import secrets
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,6 @@ MAX_LINE = 1 << 20  # bytes of a line of an answer that is read line by line
 RETRY_PAUSES = (0.3, 1.0)  # seconds before the second and the third attempt
 
 _FILE_NAME = re.compile(r'filename="([0-9a-f-]{36}\.[a-z0-9]{3})"')
-_LINK = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
 # X509_V_ERR_: no issuer found, bad signature, self-signed leaf or chain, leaf not verified, key identifiers differ.
 _ANCHOR_UNKNOWN = (2, 7, 18, 19, 20, 21, 30)
 _NAME_DIFFERS = (62, 64)  # host name, IP address
@@ -351,28 +349,6 @@ class _Bearer(requests.auth.AuthBase):
         if self._token is not None:
             request.headers["Authorization"] = f"Bearer {self._token}"
         return request
-
-
-def new_idempotency_key() -> str:
-    """Return 192 random bits as text: the portal seals with this key what it keeps for a repeat."""
-    return secrets.token_urlsafe(24)
-
-
-def check_link(link: str) -> str:
-    """Return a valid download link; raises ``Misused``, without the link in the message."""
-    try:
-        parts = urlsplit(link.strip())
-        host = parts.hostname or ""
-    except ValueError:
-        host = ""
-    whole = host and not parts.query and not parts.fragment and "@" not in parts.netloc
-    if not whole or re.search(_LINK.pattern + "$", parts.path) is None:
-        raise Misused(
-            "This is not a download link; it must look like https://portal.example.com:8443/download/… without spaces."
-        )
-    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
-        raise Misused("A download link must begin with https://.")
-    return link.strip()
 
 
 def _json_object(content: bytes) -> dict[str, Any] | None:

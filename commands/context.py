@@ -358,7 +358,7 @@ def create_with_secret(
     The file ``save_in`` is created first, and removed if the request fails; the answer is without the secret then.
     Raises ``UsageError`` if nobody would see the secret, ``Unreachable`` if the answer lacks it or one of ``needs``.
     """
-    from commands.client import new_idempotency_key
+    from commands.links import new_idempotency_key
 
     check_secret_seen(save_in, f"--{shown_once}-out", shown_once, out=portal.out)
     reserved = ReservedFile(Path(save_in)) if save_in is not None else None

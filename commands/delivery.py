@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.client import check_link, new_idempotency_key
 from commands.context import FORCE_HELP, Remote, ask_secret, command
 from commands.errors import BundleLocked, CheckFailed, CliError, ConnectionLost
 from commands.files import Folder, NewFile, read_input, read_secret, require_writable, write_new
 from commands.handover import FINGERPRINT, trust_by_fingerprint
+from commands.links import check_link, new_idempotency_key
 from commands.output import moment, text
 from commands.vocabulary import FILES, FORMATS, README
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
-import ssl
-import tempfile
-import warnings
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import click
-import requests
-from urllib3.exceptions import HTTPError, InsecureRequestWarning
 
-from commands.client import Client
 from commands.context import Remote
 from commands.errors import CheckFailed, CliError, Unreachable
 from onboarding_portal import VERSION
 from onboarding_portal.handover import Trust, base_of, text_to_pass_on
+
+if TYPE_CHECKING:
+    from commands.client import Client
 
 SECONDS = 5.0  # that what is only for the block may take
 MAX_CERTIFICATE = 64 * 1024  # bytes
@@ -56,7 +53,7 @@ def trust_at(portal: Remote, base: str) -> Trust:
     ca_file = portal.settings.ca_file
     if ca_file is None or not base.startswith("https:"):
         return Trust()
-    client = Client(portal.settings, version=VERSION, patience=SECONDS)
+    client = _hasty_client(portal)
     try:
         served = [root for root in _roots(ca_file) if _is_served(client, base, root)]
     except CliError:
@@ -66,6 +63,12 @@ def trust_at(portal: Remote, base: str) -> Trust:
         return Trust(ca_file=ca_file)
     leading = served if len(served) == 1 else [root for root in served if _leads_to(base, root)]
     return Trust(sha256(leading[0] if leading else served[0]).hexdigest())
+
+
+def _hasty_client(portal: Remote) -> Client:
+    from commands.client import Client  # imported by what makes a call
+
+    return Client(portal.settings, version=VERSION, patience=SECONDS)
 
 
 def _roots(ca_file: Path) -> Sequence[bytes]:
@@ -97,6 +100,9 @@ def _is_served(client: Client, base: str, root: bytes) -> bool:
 
 def _leads_to(base: str, root: bytes) -> bool:
     """Tell whether the server's certificate verifies by this root alone, while there are two of them."""
+    import socket
+    import ssl
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=root)
     parts = urlsplit(base)
@@ -116,6 +122,13 @@ def trust_by_fingerprint(portal: Remote, link: str, fingerprint: str) -> None:
     It is fetched from a server that nothing verifies yet, which is no harm: no other certificate has this SHA-256.
     Raises ``CheckFailed`` if the server has none, ``Unreachable``.
     """
+    import ssl
+    import tempfile
+    import warnings
+
+    import requests
+    from urllib3.exceptions import HTTPError, InsecureRequestWarning
+
     base = base_of(link)
     try:
         with contextlib.closing(requests.Session()) as session, warnings.catch_warnings():
@@ -162,5 +175,5 @@ def show_handover(portal: Remote, link: str, *, name: str, device_id: str, until
 
 def _file_behind(portal: Remote, link: str) -> str | None:
     with contextlib.suppress(CliError):
-        return Client(portal.settings, version=VERSION, patience=SECONDS).file_behind(link)
+        return _hasty_client(portal).file_behind(link)
     return None

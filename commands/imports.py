@@ -18,7 +18,6 @@ from typing import Any
 
 import click
 
-from commands.client import check_link, new_idempotency_key
 from commands.context import Remote, command
 from commands.errors import CliError, ConnectionLost, Misused, Refused
 from commands.files import NewFile, write_new
@@ -26,6 +25,7 @@ from commands.handover import trust_at
 from commands.import_cells import ENCODINGS
 from commands.import_files import ExternalIds, FileRow, Reading, format_of, read_rows
 from commands.import_results import Results
+from commands.links import check_link, new_idempotency_key
 from commands.output import text
 from onboarding_portal.handover import base_of
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import click
 
-from commands.client import new_idempotency_key
 from commands.connection import STDIN
 from commands.context import YES, Remote, confirm, option_group, require_confirmable
 from commands.devices import filter_options
 from commands.errors import CheckFailed, Misused, Unreachable
 from commands.files import read_input, replace_file, writing
+from commands.links import new_idempotency_key
 from commands.names import DEVICE, find_device, find_row, in_a_line, whole_id
 from commands.output import Column, state, text
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from commands.client import check_link, new_idempotency_key
 from commands.context import (
     EXTERNAL_ID,
     FORCE_HELP,
@@ -32,6 +31,7 @@ from commands.delivery import Password, fetch, show_files, summary, unpack_fetch
 from commands.errors import CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
 from commands.handover import show_handover
+from commands.links import check_link, new_idempotency_key
 from commands.output import Cell, moment, text
 from commands.times import VALIDITY
 from commands.vocabulary import CA, CERTIFICATE, CHAIN, FILES, FORMATS, KEY_TYPES

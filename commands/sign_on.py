@@ -13,16 +13,17 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
-import requests
 
-from commands.client import Client
 from commands.context import require
 from commands.errors import CliError, Refused, Unreachable
 from commands.output import Output, clean
+
+if TYPE_CHECKING:
+    from commands.client import Client
 
 GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 20.0
@@ -166,6 +167,8 @@ class _TimedOut(Unreachable):
 
 
 def _post(provider: Provider, url: str, fields: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+    import requests  # imported by what makes a call
+
     origin = f"https://{urlsplit(url).netloc}"
     try:
         with requests.post(

@@ -10,7 +10,7 @@ import pytest
 
 from cli import COMMANDS, cli
 from tests.support.cli_session import PROJECT, Session
-from tests.support.portal_stub import PortalStub
+from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, build_bundle, device_files
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 
@@ -24,6 +24,22 @@ try:
 finally:
     sys.stderr.write("\\n" + json.dumps(sorted(set(sys.modules) - before)))
 """
+# The help of all commands of a module, in a process of its own that is forked off one that has imported no command.
+HELP_OF_EACH = """
+import contextlib, json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+before = set(sys.modules)
+from cli import COMMANDS, cli
+for module in sys.argv[1:]:
+    if os.fork() == 0:
+        for name in (name for name, one in COMMANDS.items() if one.place.startswith(module + ":")):
+            with contextlib.suppress(SystemExit):
+                cli([name, "--help"])
+        sys.stderr.write(json.dumps([module, sorted(set(sys.modules) - before)]) + "\\n")
+        sys.stderr.flush()
+        os._exit(0)
+    os.wait()
+"""
 HELP = {"commands", "commands.completing", "commands.connection", "commands.context", "commands.errors"} | {
     "commands.files",
     "commands.lazy",
@@ -32,13 +48,20 @@ HELP = {"commands", "commands.completing", "commands.connection", "commands.cont
     "commands.output",
 }
 HEAVY = {"Cryptodome", "cffi", "cryptography", "pydantic", "pygments", "pyzipper", "rich"}
-MAX_HELP = 150  # modules with those of the standard library; with all commands there were 400
+MAX_HELP = 150  # modules with those of the standard library; with all commands there were 400, with requests 280
+MAX_CALL = 300  # of a call whose answer is shown
+MAX_UNPACKING = 410  # of one that opens a bundle, with cryptography and pyzipper
 
 
 def imported_by(session: Session, *args: str) -> set[str]:
     """The modules that one call imports, in a process of its own and without a terminal."""
+    return set(json.loads(run(session, RUN, *args)[-1]))
+
+
+def run(session: Session, program: str, *args: str) -> list[str]:
+    """The lines that a program writes to standard error."""
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(PROJECT), *args],
+        [sys.executable, "-c", program, str(PROJECT), *args],
         capture_output=True,
         text=True,
         cwd=session.folder,
@@ -47,7 +70,7 @@ def imported_by(session: Session, *args: str) -> set[str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stderr.splitlines()[-1]))
+    return done.stderr.splitlines()
 
 
 def packages(modules: set[str]) -> set[str]:
@@ -69,10 +92,24 @@ def test_help_imports_click_and_no_command(session: Session, option: str) -> Non
     assert len(modules) <= MAX_HELP
 
 
+def test_the_help_of_each_command_imports_click_and_nothing_that_speaks_http(session: Session) -> None:
+    names = {one.place.partition(":")[0] for one in COMMANDS.values()}
+    imported = dict(map(json.loads, run(session, HELP_OF_EACH, *names)))
+    assert imported.keys() == names
+    for name, modules in imported.items():
+        assert packages(set(modules)) == {"click"}, name
+        assert "ssl" not in modules, name
+        assert f"commands.{name}" in modules
+        assert len(modules) <= MAX_HELP, name
+
+
 @pytest.mark.parametrize(
     ("args", "module"),
     [
         (("list",), "devices"),
+        (("show", "{id}"), "devices"),
+        (("certificates", "{id}"), "devices"),
+        (("update", "{id}", "--firmware", "2"), "updates"),
         (("status",), "operation"),
         (("revoke", "{id}", "--yes"), "lifecycle"),
         (("register", "pump", "--type", "pump", "--location", "hall", "--firmware", "1", "--json"), "registration"),
@@ -88,6 +125,19 @@ def test_a_call_imports_its_command_and_http_but_nothing_that_it_does_not_use(
     assert f"commands.{module}" in modules
     others = {"commands.audit", "commands.bundle", "commands.csr", "commands.imports", "commands.terminal"}
     assert not others & modules
+    assert len(modules) <= MAX_CALL
+
+
+def test_a_download_imports_what_opens_its_bundle_and_nothing_that_others_use(
+    session: Session, stub: PortalStub
+) -> None:
+    session.environment["PORTAL_BUNDLE_PASSWORD"] = BUNDLE_PASSWORD
+    link = stub.add_link(build_bundle(device_files(stub.pki, stub.add_device())))
+    modules = imported_by(session, "download", link, "--out", "sensor")
+    assert {"click", "cryptography", "pyzipper", "requests"} <= packages(modules)
+    assert not {"pydantic", "pygments", "rich"} & packages(modules)
+    assert not {"commands.audit", "commands.devices", "commands.imports", "commands.terminal"} & modules
+    assert len(modules) <= MAX_UNPACKING
 
 
 @pytest.mark.parametrize("name", COMMANDS)
