@@ -93,8 +93,9 @@ def commit_of(name: str = "HEAD") -> str:
 
 
 def has_changes() -> bool:
-    """Tell whether files that git follows differ from those of the commit."""
-    return bool(_git("status", "--porcelain", "--untracked-files=no").stdout)
+    """Tell whether files that git follows differ from those of the commit, besides the results of earlier runs."""
+    others = f":(exclude){RESULTS.relative_to(ROOT)}"
+    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", others).stdout)
 
 
 def _git(*words: str) -> subprocess.CompletedProcess[str]:

@@ -150,6 +150,23 @@ def test_what_is_appended_is_read_again(tmp_path: Path) -> None:
     assert results.read(file) == [record, record]
 
 
+def test_a_second_run_that_is_recorded_is_of_the_same_files_and_a_changed_one_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "bench" / "results.jsonl")
+    (tmp_path / "bench").mkdir()
+    for path in (results.RESULTS, tmp_path / "app.py"):
+        path.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    results.append(Record.model_validate_json(json.dumps(RECORD)), results.RESULTS)
+    assert not results.has_changes()
+    (tmp_path / "app.py").write_text("print()\n")
+    assert results.has_changes()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
