@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import TypeVar
 from uuid import uuid4
@@ -218,6 +219,28 @@ def test_what_is_issued_says_of_the_certificate_what_the_certificate_says(cas: H
     assert issued.fingerprint == certificate.fingerprint(hashes.SHA256()).hex()
     assert issued.not_before == certificate.not_valid_before_utc
     assert issued.not_after == certificate.not_valid_after_utc
+
+
+def test_of_a_second_certificate_only_the_extensions_that_are_its_own_are_encoded(
+    cas: Hierarchy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {type(one.value) for one in cas.device().certificate.extensions}
+    encoded: list[type[x509.ExtensionType]] = []
+
+    def counted(kind: type[x509.ExtensionType]) -> Callable[[x509.ExtensionType], bytes]:
+        encode = kind.public_bytes
+
+        def public_bytes(extension: x509.ExtensionType) -> bytes:
+            encoded.append(kind)
+            return encode(extension)
+
+        return public_bytes
+
+    for kind in kinds:
+        monkeypatch.setattr(kind, "public_bytes", counted(kind))
+    cas.device()
+    assert len(kinds) == 8
+    assert sorted(kind.__name__ for kind in encoded) == ["SubjectAlternativeName", "SubjectKeyIdentifier"]
 
 
 def test_serial_numbers_are_20_bytes_positive_and_never_the_same(cas: Hierarchy) -> None:

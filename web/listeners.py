@@ -63,8 +63,8 @@ def listen(address: Address, variable: str, timeout: float, workers: int) -> lis
     """Return sockets that listen on ``address``: one for each of the ``workers`` for TCP, one in all for a Unix socket.
 
     The kernel shares the connections out among the sockets of a port, by a hash of the addresses (SO_REUSEPORT in
-    socket(7)), which ``sharing`` evens out. A plain connection ends a read or a write that takes longer than ``timeout`` seconds.
-    Raises ``StartupError``, which names the setting ``variable``.
+    socket(7)), which ``sharing`` evens out. A plain connection ends a read or a write that takes longer than
+    ``timeout`` seconds. Raises ``StartupError``, which names the setting ``variable``.
     """
     try:
         family, kind, target = _resolved(address)

@@ -131,6 +131,18 @@ def _run_job(portal: Portal, name: str) -> None:
 
 
 @ON_SQLITE
+def test_the_write_ahead_log_is_emptied_each_half_minute_as_documented(portal: Portal) -> None:
+    log = portal.settings.data_dir / "portal.db-wal"
+    portal.registrations.register(OPERATOR, PUMP)
+    assert log.stat().st_size
+    (job,) = (job for job in jobs.JOBS if job.name == "write-ahead log")
+    assert job.seconds == 30
+    assert not job.final  # which would wait an hour after the clock was moved
+    jobs.run(portal, stopping := threading.Event(), (job, Job("stop", 0, lambda _: stopping.set())))
+    assert log.stat().st_size == 0
+
+
+@ON_SQLITE
 def test_what_a_fetched_bundle_was_made_of_is_in_no_file_of_the_database_any_more(portal: Portal) -> None:
     """With the link, which may be in a mailbox for ever, it would open the bundle without its password."""
     made = portal.registrations.register(OPERATOR, PUMP)
