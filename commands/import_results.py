@@ -114,7 +114,13 @@ class Results:
 
     def bundle_path(self, device_id: str, content: bytes) -> Path:
         """Return the path for the bundle of a device, a ZIP or a PKCS#12 file, in a folder of mode 0700."""
-        return self._bundles(device_id) / f"{device_id}{'.zip' if content.startswith(b'PK') else '.p12'}"
+        folder = self._bundles(device_id)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder / f"{device_id}{'.zip' if content.startswith(b'PK') else '.p12'}"
+
+    def has_credentials(self, device_id: str) -> bool:
+        """Return whether the folder has the bundle of a device, or the certificate for its own key."""
+        return self.has_bundle(device_id) or (self.folder / CERTIFICATES / f"{device_id}.pem").exists()
 
     def has_bundle(self, device_id: str) -> bool:
         """Return whether the bundle of a device was downloaded."""
@@ -124,9 +130,7 @@ class Results:
     def _bundles(self, device_id: str) -> Path:
         if not _is_id(device_id):
             raise CheckFailed(f"{self.path} contains an invalid device_id.")
-        folder = self.folder / BUNDLES
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder
+        return self.folder / BUNDLES
 
 
 def _is_id(text: str) -> bool:

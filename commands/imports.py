@@ -8,7 +8,7 @@ import json
 import operator
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -41,6 +41,7 @@ TOO_LARGE = (
     "A proxy before the portal takes only shorter bodies: raise its limit (nginx: client_max_body_size) at"
     f" /register/bulk to {BATCH_BYTES // 1024}k or more, or make this row shorter."
 )
+SEE_ALL = "The portal has rules of its own, which are looked at now with --dry-run, else once these are corrected."
 AGAIN = "Run the same command again to continue where this one stopped."
 
 
@@ -103,19 +104,25 @@ def import_devices(
     """Register a device for each row of a file.
 
     The first row of a CSV file names the columns: name, type, location, firmware, and optionally external_id,
-    metadata, csr, key_type, validity_days, bundle_password, bundle_format, topics, profile. FOLDER/results.csv gets
-    the download link and the bundle password of each device. To continue an interrupted import, or after you corrected
-    rows, run the same command again; a row that is the same registers no second device, whatever the folder, except
-    with another --batch. The exit status is 1 if a row failed, 3 if the connection was lost.
+    metadata, csr, key_type, validity_days, bundle_password, bundle_format, topics, profile, groups.
+
+    FOLDER/results.csv gets the download link and the bundle password of each device. To continue an interrupted import,
+    or after you corrected rows, run the same command again; a row that is the same registers no second device, whatever
+    the folder, except with another --batch. The exit status is 1 if a row failed, 3 if the connection was lost.
     """
     if out is None and not dry_run:
         raise Misused("Give a folder for the results with --out, or only check the file with --dry-run.")
     how = Reading(format_of(file, form), encoding, metadata_columns)
     checked = _check(portal, file, how)
+    if not checked.rows:
+        portal.out.warning(f"{file} has no rows; nothing was registered.")
+        if portal.out.as_json:
+            portal.out.json(Tally().as_json() | {"problems": 0, "results": None})
+        return
     if dry_run or out is None:
         _dry_run(portal, checked, _identified(file, how, batch))
         return
-    checked.refuse(portal)
+    checked.refuse(portal, hints=[SEE_ALL])
     rows = checked.rows
     portal.client.get("/devices", limit=1)  # reports a wrong address, CA file or token before the folder is created
     tally = Tally(rows)
@@ -149,14 +156,16 @@ class RowProblems:
     rows: int = 0
     problems: int = 0
     found: list[dict[str, Any]] = field(default_factory=list)
+    lines: set[int] = field(default_factory=set)
 
     def add(self, line: int, problem: str) -> None:
         """Note what is wrong with the row on a line."""
         self.problems += 1
+        self.lines.add(line)
         if len(self.found) < SHOWN:
             self.found.append({"line": line, "problem": problem})
 
-    def refuse(self, portal: Remote) -> None:
+    def refuse(self, portal: Remote, hints: Iterable[str] = ()) -> None:
         """Show the problems and raise ``CliError``, if there are any."""
         if not self.problems:
             return
@@ -166,7 +175,7 @@ class RowProblems:
         for one in self.found:
             portal.out.note(f"line {one['line']}: {one['problem']}")
         more = f" The first {SHOWN} are listed above." if self.problems > SHOWN else ""
-        raise CliError(f"{self.problems} of {self.rows} rows have problems; nothing was registered.{more}")
+        raise CliError(f"{self.problems} of {self.rows} rows have problems; nothing was registered.{more}", hints=hints)
 
 
 def _check(portal: Remote, file: Path, how: Reading) -> RowProblems:
@@ -194,7 +203,8 @@ def _dry_run(portal: Remote, checked: RowProblems, rows: Iterator[tuple[FileRow,
             raise CliError("This portal is too old to check a file without registering its rows.")
     before = 0
     with portal.out.progress("Checking", checked.rows - checked.problems) as advance:
-        for batch in _batches(set(), ((row, given) for row, given in rows if row.problem is None)):
+        wrong = frozenset(checked.lines)
+        for batch in _batches(set(), ((row, given) for row, given in rows if row.line not in wrong)):
             for row, answer in _send(functools.partial(portal.client.register_rows, dry_run=True), batch):
                 if "code" in answer:
                     checked.add(row.line, str(answer.get("detail", "is refused.")))
@@ -333,6 +343,36 @@ def _download(portal: Remote, results: Results, tally: Tally) -> None:
             advance()
 
 
+def _about_secrets(portal: Remote, results: Results, tally: Tally) -> None:
+    """Say what the results hold that must not be lost or read by others, and which devices have no link in them."""
+    link, has_passwords, without = None, False, set[str]()
+    for row in results.rows():
+        link = link or row["download_url"]
+        has_passwords |= bool(row["bundle_password"])
+        if row["download_url"]:
+            without.discard(row["device_id"])
+        elif row["device_id"] and not results.has_credentials(row["device_id"]):
+            without.add(row["device_id"])
+    if without:
+        which = "1 device has" if len(without) == 1 else f"{len(without)} devices have"
+        portal.out.note(
+            f"{which} no link here, since the bundle was downloaded before or a certificate came by another way."
+            " For new credentials, which end the old: portal renew DEVICE --overlap 0"
+        )
+    if link or has_passwords:
+        what = (
+            "links and passwords: send them on different channels, then delete it."
+            if has_passwords
+            else "links: delete it once they are sent."
+        )
+        portal.out.note(f"{results.path.name} contains {what}")
+    if link and not tally.downloaded:
+        option = trust_at(portal, base_of(link)).option
+        portal.out.note(
+            f"The recipient of a link opens it in a browser, or fetches the bundle with: portal download LINK{option}"
+        )
+
+
 def _show(portal: Remote, results: Results, tally: Tally) -> None:
     if portal.out.as_json:
         portal.out.json(tally.as_json() | {"results": str(results.path.absolute())})
@@ -346,10 +386,4 @@ def _show(portal: Remote, results: Results, tally: Tally) -> None:
     if tally.downloaded or tally.not_downloaded:
         counts |= {"downloaded": tally.downloaded, "not_downloaded": tally.not_downloaded}
     portal.out.fields({name: text(count) for name, count in counts.items()} | {"results": text(str(results.path))})
-    portal.out.note("results.csv contains links and passwords: send them on different channels, then delete it.")
-    link = next((row["download_url"] for row in results.rows() if row["download_url"]), None)
-    if link is not None and not tally.downloaded:
-        option = trust_at(portal, base_of(link)).option
-        portal.out.note(
-            f"The recipient of a link opens it in a browser, or fetches the bundle with: portal download LINK{option}"
-        )
+    _about_secrets(portal, results, tally)

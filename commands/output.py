@@ -286,9 +286,9 @@ class Output:
     def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
         """Show progress, rate and time left; yields a function to be called after each step.
 
-        A bar if standard error is a terminal, else a line every ten seconds; nothing with ``--json``.
+        A bar if standard error is a terminal, else a line every ten seconds; nothing with ``--json``, or without a step.
         """
-        if self.as_json or self._err is None or not self._err.shows_motion:
+        if self.as_json or self._err is None or not self._err.shows_motion or not total:
             yield _PlainProgress(self, words, total).advance
             return
         with self._err.progress(clean(words), total) as advance:

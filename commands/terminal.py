@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 Part = tuple[str, str]  # text that is clean, and its style
+RATE_AFTER = 1.0  # seconds; the rate of the first steps says nothing of the others
 MIN_COLUMN = 8  # characters that remain of a column that is cut
 UNCUT = 12  # characters of a column, such as a date or a status, that is left out rather than cut
 MAX_HEAD = 24  # characters of a column that stands in the first line of a record
@@ -144,5 +145,6 @@ class _Rate(ProgressColumn):
     """Steps per second."""
 
     def render(self, task: Task) -> Text:
-        """Return the rate, if it is known."""
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+        """Return the rate, once it says something."""
+        known = task.speed and (task.elapsed or 0) >= RATE_AFTER
+        return Text(f"{task.speed:,.0f}/s" if known else "")

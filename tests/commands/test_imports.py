@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from commands import imports
+from commands.import_files import FIELDS
+from commands.imports import import_devices
 from tests.support.cli_session import Session
 from tests.support.pki import key_pem
 from tests.support.portal_stub import PortalStub, Reply, problem, rows_reply
@@ -295,6 +298,61 @@ def test_a_dry_run_lists_what_the_portal_would_refuse_and_registers_nothing(sess
     assert session.run("import", file, "--dry-run").exit_code == 0
     assert all(call.query == {"dry_run": "true"} for call in stub.calls(*BULK))
     assert stub.devices == {}
+
+
+def test_a_dry_run_sends_no_row_whose_problem_is_known(session: Session, stub: PortalStub) -> None:
+    file = session.folder / "fleet.csv"
+    file.write_text("name,type,location,firmware,external_id\na,b,c,1,x\nd,b,c,1,x\n,b,c,1,\n")
+    result = session.run("import", str(file), "--dry-run")
+    assert "2 of 3 rows have problems" in result.stderr
+    assert [[row.get("name") for row in request.body] for request in stub.calls(*BULK)] == [[None], ["a"]]
+
+
+def test_who_imports_a_file_with_problems_is_told_that_the_portal_may_see_more(session: Session) -> None:
+    file = session.folder / "fleet.csv"
+    file.write_text("name,type,location,firmware\n,b,c,1\n")
+    assert imports.SEE_ALL in session.run("import", str(file), "--out", "out").stderr
+    assert "--dry-run" not in session.run("import", str(file), "--dry-run").stderr
+
+
+@pytest.mark.parametrize("content", ["name,type,location,firmware\n", "name,type,location,firmware\n,,,\n"])
+@pytest.mark.parametrize("where", [("--out", "out"), ("--dry-run",)])
+def test_a_file_without_rows_is_called_so_and_makes_no_folder(
+    session: Session, stub: PortalStub, content: str, where: tuple[str, ...]
+) -> None:
+    (session.folder / "fleet.csv").write_text(content)
+    result = session.run("import", "fleet.csv", *where)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "Warning: fleet.csv has no rows; nothing was registered.\n"
+    assert session.json("import", "fleet.csv", *where)["rows"] == 0
+    assert not (session.folder / "out").exists()
+    assert stub.calls(*BULK) == []
+
+
+def test_devices_whose_credentials_are_no_longer_to_be_had_are_counted_with_what_to_do(
+    session: Session, stub: PortalStub
+) -> None:
+    first, second = stub.add_device(external_id="unit-0"), stub.add_device(external_id="unit-1")
+    answers = [{"row": 1, "device_id": first, "repeated": True}, {"row": 2, "device_id": second, "repeated": True}]
+    file = write_fleet(session.folder, 2, own="unit-")
+    for options in ((), ("--download",)):
+        stub.replies[BULK] = [rows_reply(answers)]
+        said = session.run("import", file, "--out", f"out{len(options)}", *options).stderr
+        assert "2 devices have no link here" in said
+        assert "portal renew DEVICE --overlap 0" in said
+        assert "results.csv contains" not in said
+        assert not (session.folder / "out0" / "bundles").exists()
+    own_key = [{"row": 1, "device_id": first, "certificate": "c", "chain": "c"}, answers[1] | {"download_url": "link"}]
+    stub.replies[BULK] = [rows_reply(own_key)]
+    said = session.run("import", file, "--out", "another").stderr
+    assert "no link here" not in said
+    assert "results.csv contains links: delete it" in said
+
+
+def test_the_help_names_each_column() -> None:
+    assert import_devices.help is not None
+    named = re.findall(r"[a-z_]+", import_devices.help.partition("names the columns: ")[2].partition(".\n")[0])
+    assert {*named} - {"and", "optionally"} == {*FIELDS}
 
 
 def test_a_portal_that_knows_no_dry_run_is_given_no_rows(session: Session, stub: PortalStub) -> None:

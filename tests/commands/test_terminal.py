@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 import pytest
 
 from cli import cli
+from commands.terminal import Terminal
 from tests.support.checkpoints import KEY, NOTE
 from tests.support.cli_session import Session
 from tests.support.pki import Pki
@@ -392,6 +394,24 @@ def test_nobody_types_a_password_for_a_link_that_is_used(session: Session, stub:
     assert "Bundle password" not in seen.seen
     assert "a-used-link" not in seen.seen.partition("download")[2]
     assert [request.method for request in stub.requests] == ["HEAD", "GET"]  # only the latter is told to operators
+
+
+def test_the_rate_of_a_few_steps_in_an_instant_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = io.StringIO()
+    with Terminal(shown).progress("Checking", 3) as advance:
+        for _ in range(3):
+            advance()
+    assert "3/3" in shown.getvalue()
+    assert "/s" not in shown.getvalue()
+
+
+def test_a_bar_of_nothing_is_not_shown(session: Session, stub: PortalStub) -> None:
+    (session.folder / "fleet.csv").write_text("name,type,location,firmware\na,b,c,1\n")
+    for shows in (True, False):
+        with terminal(session, "import", "fleet.csv", "--out", "fleet", TERM="xterm") as seen:
+            assert seen.end() == 0
+        assert ("Registering" in seen.seen) == shows
 
 
 def test_ctrl_c_is_quiet_and_keeps_the_bundle(session: Session, stub: PortalStub, cli_pki: Pki) -> None:

@@ -76,9 +76,10 @@ def check_same(settings: Settings, known: Known, request: DeviceRequest, found: 
     same["topics"] = own == (None if topics is None else tuple((topic.filter, topic.access) for topic in topics))
     # An operator may have put it into others since; a row without groups says nothing about them.
     same["groups"] = {*request.groups} <= {group.name for group in known.groups_of.get(device.id, ())}
-    other = [name for name, is_same in same.items() if not is_same]
-    if other:
+    *others, last = [name for name, is_same in same.items() if not is_same] or [""]
+    if last:
+        what = f"{', '.join(others)} and {last}" if others else last
         raise ExternalIdTaken(
-            f"The external_id is that of device {device.id}, whose {' and '.join(other)} is another; change that"
-            " device, or give the row another external_id."
+            f"The external_id is that of device {device.id}, which differs in {what}; change that device, or give the"
+            " row another external_id."
         )

@@ -189,7 +189,11 @@ def test_a_row_that_is_sent_again_is_the_same_device_while_it_is_in_its_groups(a
     device = shown(api, first)
     assert (device["topics_group"], device["groups"], days_of(device)) == ("readers", ["readers", "short"], 9)
     other = made(api, "ndjson", "none", external_id="a")
-    assert (other["code"], "whose groups is another" in other["detail"]) == ("external_id_taken", True)
+    assert (other["code"], "which differs in groups; change" in other["detail"]) == ("external_id_taken", True)
+    moved = uploaded(
+        api, json.dumps({**PUMP, "external_id": "a", "groups": ["none"], "location": "x", "firmware": "x"})
+    )
+    assert "which differs in location, firmware and groups; change" in moved["detail"]
 
 
 def test_a_repeat_by_its_key_is_one_device_in_the_group(api: Api) -> None:
