@@ -36,6 +36,7 @@ from web.slow_clients import MAX_LINGERING, Lingering, SlowClients
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops
 WORKER_TIMEOUT = 60  # seconds without a sign of life after which a worker is replaced
 KEEPALIVE = 75  # seconds that an idle connection is kept
+STAY_SECONDS = 0.02  # that a thread waits for the next request of a client before others wait for it
 START_AGAIN = 1.0  # seconds between two tries to start a worker
 # Python's default is ten times as long, and a thread that has waited for the disk, as each that writes does several
 # times, waits for so long again if another one computes.
@@ -241,6 +242,28 @@ class _Worker(ThreadWorker):
             if self._sharing is not None:
                 self._sharing.close(self.number)
             stop_listening(self.sockets, self.accept)
+
+    def handle(self, conn: Any) -> Any:
+        """Answer a request, and those that follow at once: this thread waits for the next one for a moment.
+
+        The client would else be handed to the thread that waits for all connections, and to another one of these.
+        """
+        goes_on = super().handle(conn)
+        while goes_on is True and self._may_stay() and self._follows_at_once(conn):
+            goes_on = super().handle(conn)
+        return goes_on
+
+    def _may_stay(self) -> bool:
+        """Whether half of the threads are free for others; one that has a request or waits for one is not."""
+        busy = self.nr_conns - len(self.keepalived_conns) - len(self.pending_conns)
+        return bool(self.alive and busy <= self.cfg.threads // 2)
+
+    def _follows_at_once(self, conn: Any) -> bool:
+        if conn.parser.unreader.buf.getvalue():  # it is here already: gunicorn goes on with it
+            return False
+        arrival = select.poll()
+        arrival.register(conn.sock, select.POLLIN)
+        return bool(arrival.poll(STAY_SECONDS * 1000))
 
     def finish_request(self, conn: Any, fs: Any) -> None:
         """Count a connection once that has ended, also if it could not be closed, as after a failed handshake.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,23 @@ def test_a_connection_is_kept_for_further_requests(server: Server) -> None:
         assert client.sock is sock
         assert sock is not None
     client.close()
+
+
+def test_the_thread_that_has_answered_waits_for_the_request_that_follows_at_once(server: Server) -> None:
+    """Else the thread in which the server waits for all connections wakes for each."""
+    with server.tls() as client:
+        client.sendall(request())
+        worker = facts(client)["process"]
+        before = waits_of_first_thread(worker)
+        for number in range(100):
+            client.sendall(request(f"/{number}"))
+            assert facts(client)["path"] == f"/{number}"
+        assert waits_of_first_thread(worker) - before < 50
+
+
+def waits_of_first_thread(process: int) -> int:
+    status = Path(f"/proc/{process}/task/{process}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
 def test_http_1_0_is_answered_then_closed(server: Server) -> None:
