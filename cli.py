@@ -37,7 +37,7 @@ SECTIONS = {
         "resume": Lazy("lifecycle:resume", "Resume suspended devices with their existing certificates."),
         "revoke": Lazy("lifecycle:revoke", "Revoke devices permanently."),
         "certificates": Lazy("devices:certificates", "List a device's certificates, newest first."),
-        "group": Lazy("groups:group", "Groups of devices: list, show, add, update, members, remove."),
+        "group": Lazy("groups:group", "Groups: list, show, add, update, remove, and their members."),
     },
     "Credentials": {
         "download": Lazy("delivery:download", "Download a device's bundle, check it and unpack it."),

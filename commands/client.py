@@ -72,6 +72,7 @@ class Client:
     def __init__(self, settings: ConnectionSettings, *, version: str, patience: float = ANSWER_SECONDS) -> None:
         self._settings = settings
         self._patience = patience  # seconds that an answer may take
+        self.unfinished: str | None = None  # the path of a change whose answer has not come
         self._session = requests.Session()
         self._session.headers.update({"User-Agent": f"portal-cli/{version}", "Accept-Encoding": "identity"})
 
@@ -98,8 +99,11 @@ class Client:
         url = self._settings.url + path
         if repeatable is None:
             repeatable = method != "POST" or "Idempotency-Key" in (headers or {})
+        if method != "GET":
+            self.unfinished = path
         try:
             answer = self._send(method, url, token, repeatable=repeatable, headers=headers, params=params, json=body)
+            self.unfinished = None
         except ConnectionLost as error:
             if not repeatable and (lists := command_for("GET", path)):
                 error.hints = (*error.hints, f"It may have been done all the same; see: {lists}")

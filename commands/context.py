@@ -64,6 +64,16 @@ class Remote:
 
         return Client(self.settings, version=VERSION)
 
+    def warn_of_unfinished(self) -> None:
+        """Say after Ctrl-C that a change may have been made whose answer has not come, and how to see that."""
+        client: Client | None = vars(self).get("client")
+        if client is None or client.unfinished is None:
+            return
+        from commands.wording import list_of
+
+        see = f"; see: {lists}" if (lists := list_of(client.unfinished)) else "."
+        self.out.warning(f"The portal may have done it all the same{see}")
+
 
 def connection_options(*, of_command: bool = False) -> list[click.Option]:
     """Return the connection options, which ``portal`` and each of its commands accept.
@@ -115,6 +125,9 @@ class Command(click.Command):
                 elif isinstance(param.type, ProfileName) and isinstance(param, click.Option) and text is not None:
                     _refuse_login_profile(ctx.obj, str(text), ctx.command_path.partition(" ")[2])
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.obj.warn_of_unfinished()
+            raise
         except CliError as error:
             ctx.obj.out.error(error, options=_options_of_fields(self))
             ctx.exit(error.exit_status)
@@ -242,16 +255,38 @@ def _given(ctx: click.Context) -> ConnectionOptions:
 
 def _options_of_fields(of: Command) -> dict[str, str]:
     """Return which option or argument of a command sets which field of its request."""
-    return {
-        param.name.rstrip("_"): param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
-        for param in of.params
-        if param.name and param not in of.connection
+    from commands.wording import option_for
+
+    own = [param for param in of.params if param.name and param not in of.connection]
+    other = {field: option for field, option in option_for.items() if any(option in param.opts for param in own)}
+    return other | {
+        str(param.name).rstrip("_"): param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+        for param in own
     }
+
+
+class Number(click.ParamType[int]):
+    """A whole number, of which an error says in words how small and large it may be."""
+
+    name = "integer"
+
+    def __init__(self, least: int, most: int | None = None) -> None:
+        self._least = least
+        self._most = most
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
+        text = str(value).strip()
+        number = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text, re.ASCII) else None
+        if number is None or number < self._least or (self._most is not None and number > self._most):
+            limits = f"of at least {self._least}" if self._most is None else f"from {self._least} to {self._most}"
+            self.fail(f"use a whole number {limits}.", param, ctx)
+        return number
 
 
 # The options of a command that lists page by page.
 paging_options = option_group(
-    click.option("--limit", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="List at most N."),
+    click.option("--limit", type=Number(1), default=50, show_default=True, metavar="N", help="List at most N."),
     click.option("--all", "all_", is_flag=True, help="List all of them."),
     click.option("--cursor", metavar="CURSOR", help="Continue after an earlier --json answer (its next_cursor)."),
 )

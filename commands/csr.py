@@ -52,6 +52,8 @@ class CsrFile:
         try:
             return base64.b64decode(b"".join(base64_text.split()), validate=True)
         except ValueError:
+            if not labels:
+                raise CheckFailed("The file holds no CSR (PKCS#10): it is neither PEM nor DER nor Base64.") from None
             raise CheckFailed("The CSR in the file is not valid Base64; copy the file again.") from None
 
     @property

@@ -16,6 +16,7 @@ from commands.context import (
     GROUPS,
     PROFILE,
     YES,
+    Number,
     Remote,
     command,
     confirm,
@@ -176,7 +177,7 @@ def enrolment_list(portal: Remote) -> None:
 )
 @click.argument("name", help="Name of the token, shown in the audit record.")
 @click.option("--device", "device_id", metavar="DEVICE", type=DEVICE, help="The expected device that the token is for.")
-@click.option("--count", type=click.IntRange(1, 1000000), metavar="N", help="Number of new devices.  [default: 1]")
+@click.option("--count", type=Number(1, 1_000_000), metavar="N", help="Number of new devices.  [default: 1]")
 @click.option(
     "--expires-in",
     "--hours",

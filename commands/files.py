@@ -142,6 +142,8 @@ class Folder:
         Raises ``CheckFailed`` if one of ``names`` exists (without ``force``) or files cannot be written.
         """
         self.path = path
+        if os.path.lexists(path) and not path.is_dir():
+            raise CheckFailed(f"{path} is not a folder; choose another name.")
         try:
             self._made = not path.exists()
             path.mkdir(mode=0o700, parents=True, exist_ok=True)

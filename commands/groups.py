@@ -50,7 +50,7 @@ saved_filter_options = option_group(
 
 @command_group("group")
 def group() -> None:
-    """Groups of devices: list, show, add, update, members, remove."""
+    """Groups: list, show, add, update, remove, and their members."""
 
 
 @command("list", group, examples=["portal group list"])

@@ -119,8 +119,11 @@ def _header(cells: list[str], *, to_metadata: bool) -> list[str]:
     names = [name.lower() if name.lower() in FIELDS else name for name in names]
     unknown = [name for name in names if name not in FIELDS and not (to_metadata and name)]
     missing = [name for name in REQUIRED if name not in names]
-    if unknown or missing or len({name.casefold() for name in names}) < len(names):
-        what = f"{unknown[0]!r} is unknown" if unknown else f"{missing[0]} is missing" if missing else "one is repeated"
+    counts = Counter(name.casefold() for name in names)
+    repeated = [name for name in names if counts[name.casefold()] > 1]
+    if unknown or missing or repeated:
+        what = f"{unknown[0]!r} is unknown" if unknown else f"{missing[0]} is missing" if missing else ""
+        what = what or f"{repeated[0]!r} is repeated"
         hints = [f"Columns: {', '.join(FIELDS)}."]
         if unknown and not missing:
             hints.append("Add --metadata-columns to keep the cells of other columns as metadata.")

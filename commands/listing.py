@@ -37,10 +37,11 @@ class Columns(click.ParamType[tuple[str, ...]]):
         """Return the names; each is a field of a device, or a key of its metadata."""
         given = (name.strip() for name in value.split(","))
         names = tuple(TITLES.get(name.lower(), name) for name in given)
-        if any(name not in FIELDS and not re.fullmatch("metadata[.].+", name) for name in names):
-            self.fail(f"one is not a column; there are: {', '.join(FIELDS)}, metadata.KEY.", param, ctx)
-        if len(set(names)) < len(names):
-            self.fail("one is there twice; name each column only once.", param, ctx)
+        unknown = [name for name in names if name not in FIELDS and not re.fullmatch("metadata[.].+", name)]
+        if unknown:
+            self.fail(f"{unknown[0]!r} is not a column; there are: {', '.join(FIELDS)}, metadata.KEY.", param, ctx)
+        if twice := [name for name in names if names.count(name) > 1]:
+            self.fail(f"{twice[0]!r} is there twice; name each column only once.", param, ctx)
         return names
 
 

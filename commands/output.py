@@ -286,7 +286,7 @@ class Output:
     def progress(self, words: str, total: int) -> Iterator[Callable[[], None]]:
         """Show progress, rate and time left; yields a function to be called after each step.
 
-        A bar if standard error is a terminal, else a line every ten seconds; nothing with ``--json``, or without a step.
+        A bar if standard error is a terminal, else a line every ten seconds; nothing with ``--json`` or without steps.
         """
         if self.as_json or self._err is None or not self._err.shows_motion or not total:
             yield _PlainProgress(self, words, total).advance

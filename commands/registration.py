@@ -36,6 +36,7 @@ from commands.output import Cell, moment, text
 from commands.times import VALIDITY
 from commands.vocabulary import CA, CERTIFICATE, CHAIN, FILES, FORMATS, KEY_TYPES
 
+_AGAIN = "It may have succeeded; to find out, and get the answer, repeat the command with --idempotency-key "
 SAVED_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
 CERTIFICATE_FILES = (CERTIFICATE, CHAIN, CA)
 
@@ -147,8 +148,9 @@ def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], de
         body["bundle_password"] = chosen
     elif delivery.out is None:
         check_secret_seen(delivery.password_out, "--password-out", "bundle password", out=portal.out)
-    with _targets(delivery, FILES) as (folder, password_file):
-        answer = _post(portal, operation, body, delivery.idempotency_key)
+    sent = delivery.idempotency_key or new_idempotency_key()
+    with _targets(delivery, FILES) as (folder, password_file), _said_to_be_repeatable(portal, sent):
+        answer = _post(portal, operation, body, sent)
         require(answer, operation.about, "download_url")
         # A chosen password is known to the caller, so it is not shown again.
         password = str(answer.pop("bundle_password", None) or "")
@@ -197,8 +199,9 @@ def _issue_for_csr(
 
     own = CsrFile.of(csr)
     body["csr"] = own.pem
-    with _targets(delivery, CERTIFICATE_FILES) as (folder, _):
-        answer = _post(portal, operation, body, delivery.idempotency_key)
+    sent = delivery.idempotency_key or new_idempotency_key()
+    with _targets(delivery, CERTIFICATE_FILES) as (folder, _), _said_to_be_repeatable(portal, sent):
+        answer = _post(portal, operation, body, sent)
         require(answer, operation.about, "certificate", "chain")
         certificate, chain = answer["certificate"], answer["chain"]
         if not chain.strip().startswith(certificate.strip()):
@@ -235,14 +238,24 @@ def _targets(delivery: DeliveryOptions, names: tuple[str, ...]) -> Iterator[tupl
             folder.leave()
 
 
-def _post(portal: Remote, operation: Operation, body: dict[str, Any], key: str | None) -> dict[str, Any]:
-    sent = key or new_idempotency_key()
+@contextlib.contextmanager
+def _said_to_be_repeatable(portal: Remote, key: str) -> Iterator[None]:
+    """Say after Ctrl-C in the block how to see what became of the request, and to get its answer."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        portal.client.unfinished = None  # what is said of that is said here
+        portal.out.warning(f"{_AGAIN}{key}")
+        raise
+
+
+def _post(portal: Remote, operation: Operation, body: dict[str, Any], sent: str) -> dict[str, Any]:
     try:
         with portal.out.working(operation.doing):
             return portal.client.call("POST", operation.path, body=body, headers={"Idempotency-Key": sent}).json()
     except (ConnectionLost, Refused) as error:
         if isinstance(error, ConnectionLost) or error.status >= 500:
-            hint = f"It may have succeeded; to find out, repeat the command with --idempotency-key {sent}"
+            hint = f"{_AGAIN}{sent}"
             error.hints = (*error.hints, hint)
         raise
 

@@ -14,6 +14,7 @@ from commands.completing import Listed
 from commands.context import (
     FORCE_HELP,
     YES,
+    Number,
     Remote,
     command,
     confirm,
@@ -34,7 +35,7 @@ from commands.vocabulary import FORMATS, KEY_TYPES
 
 CHOICES = ("device_days", "key_type", "bundle_format", "link_hours")
 QUOTAS = ("devices", "registrations_per_minute", "bulk_uploads", "webhook_deliveries_per_minute")
-_NUMBER = click.IntRange(1, 1_000_000_000)
+_NUMBER = Number(1, 1_000_000_000)
 
 
 class TenantName(Label):

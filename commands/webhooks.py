@@ -10,6 +10,7 @@ import click
 from commands.completing import Listed
 from commands.context import (
     YES,
+    Number,
     Remote,
     command,
     confirm,
@@ -181,7 +182,7 @@ def webhook_deliveries(
     examples=["portal webhook redeliver 1e66977361d81fe2", "portal webhook redeliver 1e66977361d81fe2 17 18"],
 )
 @click.argument("webhook_id", metavar="ID", type=WEBHOOK_ID, help="The full webhook id.")
-@click.argument("delivery", type=click.IntRange(1), nargs=-1, help="Ids of events.  [default: all dead events]")
+@click.argument("delivery", type=Number(1), nargs=-1, help="Ids of events.  [default: all dead events]")
 def webhook_redeliver(portal: Remote, webhook_id: str, delivery: tuple[int, ...]) -> None:
     """Send dead events, or the given ones, again."""
     body = {"delivery_ids": list(delivery)} if delivery else {}

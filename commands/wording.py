@@ -26,7 +26,7 @@ _COMMANDS = {
 _BESIDE = re.compile(r"\bby (?:POST|PUT|PATCH|DELETE) [^();,]* \((portal [^)]+)\)")
 _FIELD = re.compile(r"(?<![\w.{])[a-z]+(?:_[a-z]+)+(?![\w}(]|\.\w)")
 # Fields whose names are those of options with hyphens are translated alike; others are here.
-_OPTIONS = {
+option_for = {
     "name_template": "--name-template",
     "bundle_format": "--format",
     "bundle_password": "--password-file",
@@ -48,6 +48,7 @@ _OPTIONS = {
     "external_id": "external id",
     "key_type": "--key-type",
     "overlap_hours": "--overlap",
+    "revoke_previous": "--when-used",
     "server_auth": "--server-auth",
     "topic_prefix": "--topic-prefix",
 }
@@ -58,9 +59,15 @@ def command_for(method: str, path: str) -> str | None:
     return _COMMANDS.get(f"{method} {path}")
 
 
+def list_of(path: str) -> str | None:
+    """Return the command that lists what a request is about, if there is one."""
+    first = path.split("/")[1]
+    return command_for("GET", "/devices" if first in ("register", "revoke") else f"/{first}")
+
+
 def in_words_of_the_cli(sentence: str) -> str:
     """Replace the requests and fields that a sentence of the portal names by commands and options."""
-    return _FIELD.sub(lambda field: _OPTIONS.get(field[0], field[0]), without_requests(sentence))
+    return _FIELD.sub(lambda field: option_for.get(field[0], field[0]), without_requests(sentence))
 
 
 def without_requests(sentence: str) -> str:

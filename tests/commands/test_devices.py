@@ -6,12 +6,15 @@ import csv
 import io
 import json
 import stat
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from cli import cli
 from commands import client
 from commands.output import Cell, status_of, text
 from tests.support.cli_session import Session
@@ -93,6 +96,30 @@ def test_filters_go_to_the_portal(session: Session, stub: PortalStub) -> None:
         "location": "hall",
         "q": "x",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--columns", "name,foo,bar"), "'foo' is not a column; there are: device_id"),
+        (("--columns", "name,id,device_id"), "'device_id' is there twice"),
+        (("--limit", "0"), "use a whole number of at least 1."),
+        (("--limit", "x"), "use a whole number of at least 1."),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_right(session: Session, given: tuple[str, ...], said: str) -> None:
+    result = session.run("list", *given)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_number_has_limits_in_words_in_all_commands() -> None:
+    def numbers(command: click.Command) -> Iterator[click.Parameter]:
+        yield from (one for one in command.params if isinstance(one.type, click.types.IntParamType))
+        for inner in getattr(command, "commands", {}).values():
+            yield from numbers(inner)
+
+    assert list(numbers(cli)) == []
 
 
 def test_a_list_is_plain_when_piped(session: Session, stub: PortalStub) -> None:

@@ -71,7 +71,7 @@ def test_other_columns_are_refused_or_kept_as_metadata(tmp_path: Path) -> None:
     ("content", "said"),
     [
         (f"sep=|\n{HEADER}\n", "sep= names"),
-        ("name,Name,type,location,firmware\n", "one is repeated"),
+        ("name,Name,type,location,firmware\n", "'name' is repeated"),
         ("name;type,location;firmware\n", "is unknown"),
         (f"# the fleet\n{HEADER}\n", "is unknown"),
         (f'{HEADER}\n"open\n', "not valid CSV"),

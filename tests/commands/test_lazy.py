@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import click
 import pytest
 
 from cli import COMMANDS, cli
@@ -145,6 +146,14 @@ def test_the_summary_of_a_command_is_the_beginning_of_its_help(name: str) -> Non
     command = cli.commands[name]
     assert command.name == name
     assert COMMANDS[name].summary == command.get_short_help_str(200)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in COMMANDS if isinstance(cli.commands[name], click.Group)))
+def test_the_commands_that_the_summary_of_a_group_names_exist(name: str) -> None:
+    group = cli.commands[name]
+    assert isinstance(group, click.Group)
+    named = [word.strip(" .") for word in COMMANDS[name].summary.rpartition(":")[2].split(",")]
+    assert [word for word in named if " " not in word and word not in group.commands] == []
 
 
 def test_the_names_of_commands_are_completed_without_importing_them(session: Session) -> None:

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from commands.client import Client
 from commands.csr import CsrFile
 from pki.csr import csr_der, load_csr
 from tests.pki.test_foreign import FORMS
@@ -95,6 +96,81 @@ def test_a_registration_with_unknown_result_says_how_to_find_out(
     assert not Path("password").exists()
     del stub.replies["POST", "/register"]
     assert session.json(*REGISTER, "--idempotency-key", key)["device_id"] in stub.devices
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before the answer", "after it"])
+def test_ctrl_c_says_that_it_may_be_registered_and_how_to_get_the_answer(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    call = Client.call
+
+    def interrupted(client: Client, method: str, path: str, **options: Any) -> Any:
+        if answered:
+            call(client, method, path, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "call", interrupted)
+    result = session.run(*REGISTER, "--json", "--idempotency-key", "k" * 32)
+    assert result.exit_code == 130
+    assert result.stderr.count("Warning: ") == 1
+    assert f"repeat the command with --idempotency-key {'k' * 32}\n" in result.stderr
+
+
+def test_ctrl_c_while_a_portal_makes_a_change_says_how_to_see_whether_it_did(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device_id, send = stub.add_device(), Client._send
+
+    def interrupted(client: Client, method: str, url: str, *more: Any, **options: Any) -> Any:
+        answer = send(client, method, url, *more, **options)
+        if method == "GET":
+            return answer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "_send", interrupted)
+    for words, see in (
+        (("revoke", device_id, "--yes"), "portal list"),
+        (("suspend", device_id), "portal list"),
+        (("token", "create", "t", "--role", "auditor", "--json"), "portal token list"),
+        (("group", "add", "g"), "portal group list"),
+    ):
+        result = session.run(*words)
+        assert result.exit_code == 130
+        assert result.stderr == f"Warning: The portal may have done it all the same; see: {see}\n\n"
+
+
+def test_ctrl_c_of_a_command_that_asks_alone_says_nothing(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "_send", interrupted)
+    assert session.run("list").stderr == "\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "option"),
+    [
+        ("bundle_password", "--password-file"),
+        ("bundle_format", "--format"),
+        ("validity_days", "--validity"),
+        ("groups", "--group"),
+        ("topics.0.filter", "--topic (topics.0.filter)"),
+    ],
+)
+def test_a_refused_field_is_called_by_its_option(session: Session, stub: PortalStub, field: str, option: str) -> None:
+    stub.replies["POST", "/register"] = problem(
+        400, "invalid_input", "Wrong.", errors=[{"field": field, "message": "This is wrong."}]
+    )
+    assert f"  {option}: This is wrong.\n" in session.run(*REGISTER, "--out", "new").stderr
+
+
+def test_a_folder_that_is_a_file_is_called_so(session: Session, stub: PortalStub) -> None:
+    (session.folder / "README.md").touch()
+    result = session.run(*REGISTER, "--out", "README.md")
+    assert (result.exit_code, result.stderr) == (1, "Error: README.md is not a folder; choose another name.\n")
+    assert stub.calls("POST", "/register") == []
 
 
 def test_a_password_never_goes_into_a_pipe_unasked(session: Session, stub: PortalStub) -> None:
@@ -255,6 +331,13 @@ def test_a_private_key_without_a_label_is_not_sent(
 def test_a_file_with_more_or_less_than_a_csr_is_not_sent(content: str, session: Session, stub: PortalStub) -> None:
     Path("sensor.csr").write_text(content)
     assert (session.run(*REGISTER, "--csr", "sensor.csr").exit_code, stub.requests) == (1, [])
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"\x7fELF\x02\x01\x01\x00"], ids=["text", "program"])
+def test_a_file_of_another_kind_is_not_called_a_csr(content: bytes, session: Session, stub: PortalStub) -> None:
+    Path("sensor.csr").write_bytes(content)
+    result = session.run(*REGISTER, "--csr", "sensor.csr")
+    assert result.stderr == "Error: The file holds no CSR (PKCS#10): it is neither PEM nor DER nor Base64.\n"
 
 
 @pytest.mark.parametrize(
