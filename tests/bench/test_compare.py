@@ -198,16 +198,27 @@ def test_the_results_by_version_are_of_this_form_in_order_of_time_and_name_ratio
         assert all(spread.least <= spread.median <= spread.most for spread in record.ratios.values())
 
 
-def test_the_ratios_in_the_documentation_are_those_of_a_run_that_is_on_record(compare: ModuleType) -> None:
+def test_the_results_in_the_documentation_are_those_of_a_run_that_is_on_record(compare: ModuleType) -> None:
     text = (ROOT / "docs" / "performance.md").read_text()
     match = re.search(r"commit `([0-9a-f]{7,40})`, beside `([0-9a-f]{7,40})`", text)
     assert match
     [record] = [
         one for one in results.read() if one.commit.startswith(match[1]) and (one.before or "").startswith(match[2])
     ]
-    rows = compare._ratio_rows(record)
-    assert len(rows) > 10
-    assert "\n".join(rows) in text
+    for rows in (compare._median_rows(record), compare._ratio_rows(record)):
+        assert len(rows) > 10
+        assert "\n".join(["", *rows, "\n"]) in text
+
+
+def test_the_guides_give_no_figures_of_this_program_which_each_run_on_record_would_make_old() -> None:
+    lines = [
+        line
+        for page in (ROOT / "docs" / "how-to").glob("*.md")
+        for line in page.read_text().splitlines()
+        if "`bench/compare`" in line
+    ]
+    assert lines
+    assert not [line for line in lines if re.search(r"\d", line)]
 
 
 def test_a_version_that_does_not_exist_is_said_to_be_none() -> None:
