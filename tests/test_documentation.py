@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,14 @@ def defined_in(path: Path) -> set[str]:
         )
         names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return names
+
+
+def test_no_entry_of_the_newest_section_of_the_changes_says_what_another_one_says() -> None:
+    newest = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    entries = {entry: set(re.findall(r"\w+", entry.lower())) for entry in newest.split("\n- ")[1:]}
+    assert len(entries) == newest.count("\n- ")
+    pairs = itertools.permutations(entries.items(), 2)
+    assert [entry for (entry, words), (_, others) in pairs if words <= others] == []
 
 
 def test_each_term_of_the_glossary_is_used() -> None:
