@@ -52,3 +52,23 @@ def test_a_part_has_no_time_of_those_that_are_called_in_it(
     # The clock is looked at when a part begins and ends; the two inner calls take one tick more each.
     assert parts == {profile.REST: 2, "commit": 3, "key": 4}
     assert sum(parts.values()) == next(ticks) / 1e6 - 1
+
+
+def test_the_shares_in_the_documentation_are_those_of_its_parts_and_add_up(
+    program: Callable[[str], ModuleType],
+) -> None:
+    profile = program("profile")
+    text = (ROOT / "docs" / "performance.md").read_text()
+    table = re.search(r"^\| of a registration \|.*\n\|[ -|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table
+    *parts, whole = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[1].splitlines()]
+    assert [name for name, *_ in parts] == list(dict.fromkeys([*(name for name, _, _ in profile.PARTS), profile.REST]))
+    assert (len(whole), whole[0]) == (9, "all")
+    for column in range(1, len(whole), 2):
+        figures = [(float(row[column]), float(row[column + 1])) for row in parts if row[column]]
+        total = float(whole[column])
+        assert whole[column + 1] == "100"
+        assert sum(ms for ms, _ in figures) == pytest.approx(total, abs=0.005 * (len(figures) + 1))
+        assert sum(share for _, share in figures) == pytest.approx(100, abs=0.05 * len(figures))
+        for ms, share in figures:
+            assert share == pytest.approx(100 * ms / total, abs=100 * 0.005 / total + 0.2)
