@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 
-from app import portal_of
+from app import create_app, portal_of
 from core.roles import Role
 from store.tables import AuditEntry, Token
 from tests.support.harness import ON_SQLITE, Api, Clock, api_as, problem_of
@@ -61,6 +62,19 @@ def test_a_token_expires(api: Api, clock: Clock) -> None:
     assert short.get("/devices").status_code == 200
     clock.advance(minutes=2)
     problem_of(short.get("/devices"), 401, "unauthenticated")
+
+
+def test_a_token_is_refused_at_the_next_request_at_a_process_that_had_just_accepted_it(
+    api: Api, app: Flask, clock: Clock
+) -> None:
+    """Nothing remembers tokens: see docs/performance.md."""
+    other = create_app(portal_of(app).settings, background=False, clock=clock)
+    with contextlib.closing(portal_of(other)):
+        made = api.post("/tokens", {"name": "ci", "role": "auditor"}).json
+        there = Api(other.test_client(), made["token"])
+        assert there.get("/devices").status_code == 200
+        assert api.delete(f"/tokens/{made['token_id']}").status_code == 200
+        problem_of(there.get("/devices"), 401, "unauthenticated")
 
 
 def test_a_revoked_token_is_refused_at_once_and_a_repeat_returns_the_same(api: Api, clock: Clock) -> None:
