@@ -34,7 +34,7 @@ from commands.handover import show_handover
 from commands.links import check_link, new_idempotency_key
 from commands.output import Cell, moment, text
 from commands.times import VALIDITY
-from commands.vocabulary import CA, CERTIFICATE, CHAIN, FILES, FORMATS, KEY_TYPES
+from commands.vocabulary import CA, CERTIFICATE, CHAIN, CLIENT_CONFIGURATION, FILES, FORMATS, KEY, KEY_TYPES, README
 
 _AGAIN = "It may have succeeded; to find out, and get the answer, repeat the command with --idempotency-key "
 SAVED_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
@@ -200,7 +200,8 @@ def _issue_for_csr(
     own = CsrFile.of(csr)
     body["csr"] = own.pem
     sent = delivery.idempotency_key or new_idempotency_key()
-    with _targets(delivery, CERTIFICATE_FILES) as (folder, _), _said_to_be_repeatable(portal, sent):
+    files = (*CERTIFICATE_FILES, CLIENT_CONFIGURATION)
+    with _targets(delivery, files) as (folder, _), _said_to_be_repeatable(portal, sent):
         answer = _post(portal, operation, body, sent)
         require(answer, operation.about, "certificate", "chain")
         certificate, chain = answer["certificate"], answer["chain"]
@@ -212,8 +213,11 @@ def _issue_for_csr(
         )
         if folder is not None:
             contents = dict(zip(CERTIFICATE_FILES, (certificate.encode(), chain.encode(), ca), strict=True))
-            folder.write({name: NewFile(certificates_only(pem)) for name, pem in contents.items()})
-            answer["files"] = summary(checked, folder.path, contents)
+            written = {name: NewFile(certificates_only(pem)) for name, pem in contents.items()}
+            if operation.about == "device_id":
+                written |= _client_configuration(portal, str(answer["device_id"]))
+            folder.write(written)
+            answer["files"] = summary(checked, folder.path, written)
     if not portal.out.as_json and folder is None:
         portal.out.done(_done(operation, answer))
         if operation.path == "/register":
@@ -221,6 +225,18 @@ def _issue_for_csr(
         portal.out.raw(certificates_only(chain.encode()).decode())
         return
     _show(portal, operation, answer, "", None)
+
+
+def _client_configuration(portal: Remote, device_id: str) -> dict[str, NewFile]:
+    """Return the file that says where the broker is; none, with a warning, if the portal does not say it."""
+    from commands.snippets import client_options
+
+    try:
+        device = portal.client.call("GET", f"/devices/{device_id}").json()
+        return {CLIENT_CONFIGURATION: NewFile(client_options(device).encode())}
+    except CliError as error:  # the certificate is there all the same
+        portal.out.warning(f"{CLIENT_CONFIGURATION} is not written. {error.sentence}")
+        return {}
 
 
 @contextlib.contextmanager
@@ -282,6 +298,8 @@ def _show(
         show_files(portal, files, about=operation.about)
         if until:
             out.fields({"previous_valid_until": moment(until)})
+        if CLIENT_CONFIGURATION in files["files"] and README not in files["files"]:
+            out.note(f"{CLIENT_CONFIGURATION} says how to connect; put the key of the CSR beside it as {KEY}.")
         out.next_step(f"{operation.show} {answer[operation.about]}")
         return
     fields = {

@@ -13,12 +13,23 @@ from typing import Any
 from commands.errors import CheckFailed, Unreachable
 
 _HOST = re.compile("[A-Za-z0-9.:_-]{1,253}")
+_UNCLEAR = "The portal's answer does not say where the broker is; its version may differ."
 MOSQUITTO = """\
 # In the folder of the unpacked bundle.
 mosquitto_pub -h $host -p $port --cafile ca.pem --cert chain.pem --key device.key -i $client_id -t $topic -m 21 -q 1
 """
 SUBSCRIBE = """\
 mosquitto_sub -h $host -p $port --cafile ca.pem --cert chain.pem --key device.key -i $client_id -t $filter -v -q 1
+"""
+OPTIONS = """\
+# Options for mosquitto_pub and mosquitto_sub, in this folder: mosquitto_pub $$(grep -v '^#' mosquitto-client.conf) -t …
+# device.key is the key that the CSR was made with: copy it here under this name, or write its path below.
+-h $host
+-p $port
+-i $client_id
+--cafile ca.pem
+--cert chain.pem
+--key device.key
 """
 PYTHON = """\
 # pip install 'paho-mqtt>=2.0'; run it in the folder of the unpacked bundle.
@@ -168,14 +179,11 @@ def snippet_for(device: Mapping[str, Any], kind: str) -> str:
 
     Raises ``CheckFailed`` if it may publish nowhere, ``Unreachable`` if the answer does not say where the broker is.
     """
+    client_id, host, port = _address(device)
     try:
-        client_id, broker = str(device["device_id"]), device["brokers"][0]
-        host, port = str(broker["host"]), int(broker["port"])
         topics = [(str(topic["filter"]).replace("{id}", client_id), topic["access"]) for topic in device["topics"]]
-        if not _HOST.fullmatch(host):  # it is in a comment of C, too
-            raise ValueError
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise Unreachable("The portal's answer does not say where the broker is; its version may differ.") from None
+    except (KeyError, TypeError):
+        raise Unreachable(_UNCLEAR) from None
     writable = [pattern for pattern, access in topics if access != "read"]
     readable = [pattern for pattern, access in topics if access != "write"]
     if not writable and kind != "mosquitto":
@@ -190,3 +198,21 @@ def snippet_for(device: Mapping[str, Any], kind: str) -> str:
         template = f"{comment}\n{publish if writable else ''}{SUBSCRIBE if readable else ''}"
     quoted = {name: snippet.quoted(value) for name, value in texts.items()}
     return Template(template).substitute(quoted, port=port)
+
+
+def client_options(device: Mapping[str, Any]) -> str:
+    """Return the options for Mosquitto's clients of a device with a key of its own; raises ``Unreachable``."""
+    client_id, host, port = _address(device)
+    return Template(OPTIONS).substitute(client_id=client_id, host=host, port=port)
+
+
+def _address(device: Mapping[str, Any]) -> tuple[str, str, int]:
+    """Return the client id, and host and port of the first broker; raises ``Unreachable`` if the answer lacks them."""
+    try:
+        broker = device["brokers"][0]
+        client_id, host, port = str(device["device_id"]), str(broker["host"]), int(broker["port"])
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise Unreachable(_UNCLEAR) from None
+    if not _HOST.fullmatch(host):  # it is in a comment of C, too
+        raise Unreachable(_UNCLEAR)
+    return client_id, host, port

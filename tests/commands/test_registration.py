@@ -266,8 +266,39 @@ def test_a_csr_brings_its_certificate(session: Session, stub: PortalStub) -> Non
     other = Authority("Broker root").certificate.public_bytes(PEM)
     stub.replies["GET", "/broker-ca.pem"] = Reply(body=stub.pki.ca_bundle + other)
     files = session.json(*REGISTER, "--csr", "sensor.csr", "--out", "sensor")["files"]
-    assert files["files"] == ["ca.pem", "chain.pem", "device.pem"]
+    assert files["files"] == ["ca.pem", "chain.pem", "device.pem", "mosquitto-client.conf"]
     assert Path("sensor/ca.pem").read_bytes() == stub.pki.ca_bundle + other
+
+
+def test_the_files_for_a_csr_say_where_the_broker_is_as_a_bundle_does(session: Session, stub: PortalStub) -> None:
+    Path("sensor.csr").write_text(csr_pem())
+    in_bundle = session.run(*REGISTER, "--out", "bundle")
+    result = session.run(*REGISTER, "--csr", "sensor.csr", "--out", "sensor")
+    assert (in_bundle.exit_code, result.exit_code) == (0, 0), result.output
+
+    def options(folder: str) -> list[str]:
+        text = Path(folder, "mosquitto-client.conf").read_text()
+        return [line for line in text.splitlines() if not line.startswith(("#", "-i ", "-h ", "-p "))]
+
+    assert options("sensor") == options("bundle")
+    device_id = list(stub.devices)[-1]
+    broker = stub.devices[device_id]["brokers"][0]
+    text = Path("sensor/mosquitto-client.conf").read_text()
+    for line in (f"-h {broker['host']}", f"-p {broker['port']}", f"-i {device_id}"):
+        assert line in text.splitlines()
+    assert "put the key of the CSR beside it as device.key" in result.output
+    assert "put the key" not in in_bundle.output
+
+
+def test_a_certificate_is_written_even_if_the_portal_does_not_say_where_the_broker_is(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("sensor.csr").write_text(csr_pem())
+    monkeypatch.setattr(stub, "_show", lambda _request: Reply(body={"device_id": "x", "brokers": []}))
+    result = session.run(*REGISTER, "--csr", "sensor.csr", "--out", "sensor")
+    assert result.exit_code == 0, result.output
+    assert "mosquitto-client.conf is not written. The portal's answer does not say where the broker is" in result.stderr
+    assert sorted(path.name for path in Path("sensor").iterdir()) == ["ca.pem", "chain.pem", "device.pem"]
 
 
 @pytest.mark.parametrize("path", foreign.FILES, ids=[path.stem for path in foreign.FILES])

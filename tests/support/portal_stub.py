@@ -138,6 +138,7 @@ class PortalStub:
             "expires_at": "2036-01-01T00:00:00Z",
             "connection": {"connected": True, "since": "2026-01-02T00:00:00Z", "last_seen": "2026-01-03T00:00:00Z"},
             "broker": "enforced",
+            "brokers": [{"host": "broker.example.com", "port": 8883}],
             "topics": [{"filter": "devices/{id}/#", "access": "readwrite"}],
             "certificate": {"serial_number": "0a1b", "fingerprint": "ab" * 32, "status": "active"},
             **fields,
