@@ -34,7 +34,19 @@ from commands.handover import show_handover
 from commands.links import check_link, new_idempotency_key
 from commands.output import Cell, moment, text
 from commands.times import VALIDITY
-from commands.vocabulary import CA, CERTIFICATE, CHAIN, CLIENT_CONFIGURATION, FILES, FORMATS, KEY, KEY_TYPES, README
+from commands.vocabulary import (
+    CA,
+    CERTIFICATE,
+    CHAIN,
+    CLIENT_CONFIGURATION,
+    FILES,
+    FORMATS,
+    KEY,
+    KEY_STAYS_ENCRYPTED,
+    KEY_TYPES,
+    P12,
+    README,
+)
 
 _AGAIN = "It may have succeeded; to find out, and get the answer, repeat the command with --idempotency-key "
 SAVED_PASSWORD = "bundle-password.txt"  # noqa: S105 - the name of a file
@@ -144,9 +156,10 @@ def issue(portal: Remote, operation: Operation, options: dict[str, Any]) -> None
 def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], delivery: DeliveryOptions) -> None:
     """Let the portal make key and bundle; unpack it into the folder of ``--out``, or show its link."""
     chosen = read_secret(delivery.password_file, "password") if delivery.password_file else None
+    needed = delivery.out is None or body.get("bundle_format") in KEY_STAYS_ENCRYPTED
     if chosen is not None:
         body["bundle_password"] = chosen
-    elif delivery.out is None:
+    elif needed:
         check_secret_seen(delivery.password_out, "--password-out", "bundle password", out=portal.out)
     sent = delivery.idempotency_key or new_idempotency_key()
     with _targets(delivery, FILES) as (folder, password_file), _said_to_be_repeatable(portal, sent):
@@ -161,8 +174,14 @@ def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], de
             keep_password = chosen is None and password_file is None
             with _undelivered(portal, operation, answer[operation.about], password if keep_password else "", folder):
                 answer["files"] = _unpack(portal, answer, chosen or password, folder)
-    shown = "" if chosen is not None or folder or password_file else password
+                needed = _is_key_encrypted(folder.path)  # the format may be that of the tenant
+    shown = password if chosen is None and needed and password_file is None else ""
     _show(portal, operation, answer, shown, delivery.password_out)
+
+
+def _is_key_encrypted(folder: Path) -> bool:
+    """Return whether the key in a folder needs the bundle password still."""
+    return (folder / P12).exists() or b"ENCRYPTED" in (folder / KEY).read_bytes()
 
 
 def _unpack(portal: Remote, answer: dict[str, Any], password: str, folder: Folder) -> dict[str, Any]:
@@ -298,6 +317,9 @@ def _show(
         show_files(portal, files, about=operation.about)
         if until:
             out.fields({"previous_valid_until": moment(until)})
+        if password:
+            out.fields({"bundle_password": Cell(password, style="bold")})
+            out.note("The device's key is encrypted with this password, which is shown only once.")
         if CLIENT_CONFIGURATION in files["files"] and README not in files["files"]:
             out.note(f"{CLIENT_CONFIGURATION} says how to connect; put the key of the CSR beside it as {KEY}.")
         out.next_step(f"{operation.show} {answer[operation.about]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 KEY_TYPES = ("ec-p256", "ec-p384", "ed25519", "rsa-2048", "rsa-3072", "rsa-4096")
 FORMATS = ("zip", "p12", "pem")
+KEY_STAYS_ENCRYPTED = ("p12", "pem")  # by the bundle password, once it is unpacked
 
 KEY, CERTIFICATE, CHAIN, CA = "device.key", "device.pem", "chain.pem", "ca.pem"
 CLIENT_CONFIGURATION, README = "mosquitto-client.conf", "README.txt"

@@ -18,7 +18,7 @@ from commands.vocabulary import NAMES
 from delivery.formats import BundleFormat
 from tests.support.bundle_files import DEVICE_ID, PASSWORD, WRONG, Files, mode_of, names_in
 from tests.support.cli_session import Session
-from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, build_bundle, problem
+from tests.support.portal_stub import BUNDLE_PASSWORD, PortalStub, Reply, build_bundle, device_files, problem
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 
@@ -242,10 +242,10 @@ def test_the_key_s_mode_does_not_depend_on_the_umask(session: Session, files: Fi
 # --- Other forms --------------------------------------------------------------------------------------------------
 
 
-def packed_as(files: Files, bundle_format: str) -> bytes:
+def packed_as(files: Files, bundle_format: str, device_id: str = DEVICE_ID) -> bytes:
     texts = (files["device.pem"].decode(), files["chain.pem"].decode(), files["ca.pem"].decode())
     credentials = credential_delivery.Credentials(
-        DEVICE_ID, files["device.key"], *texts, "localhost", 8883, f"devices/{DEVICE_ID}/hello"
+        device_id, files["device.key"], *texts, "localhost", 8883, f"devices/{device_id}/hello"
     )
     form = BundleFormat(bundle_format)
     return credential_delivery.package_credentials(
@@ -307,3 +307,21 @@ def test_the_format_is_sent(session: Session, stub: PortalStub) -> None:
     session.json(*plain)
     assert stub.requests[-1].body["bundle_format"] == "p12"
     assert session.run(*plain, "--csr", "x").exit_code == 2
+
+
+@pytest.mark.parametrize("bundle_format", ["p12", "pem", "zip"])
+@pytest.mark.parametrize("chosen_by", ["option", "tenant"])
+def test_a_password_that_the_key_still_needs_is_shown_although_the_bundle_is_unpacked(
+    bundle_format: str, chosen_by: str, session: Session, stub: PortalStub
+) -> None:
+    plain = ("register", "sensor-7", "--type", "t", "--location", "l", "--firmware", "1", "--out", "sensor")
+    by_option = ("--format", bundle_format) if chosen_by == "option" else ()
+    stub.bundle_of = lambda device_id: packed_as(device_files(stub.pki, device_id), bundle_format, device_id)
+    answer = session.json(*plain, *by_option)
+    assert ("bundle_password" in answer) is (bundle_format != "zip")
+    shown = session.run(*plain, "--force", *by_option, "--password-out", "password.txt")
+    assert shown.exit_code == 0, shown.output
+    assert BUNDLE_PASSWORD not in shown.output
+    in_pipe = session.run(*plain, "--force", *by_option)
+    assert (in_pipe.exit_code == 2) is (chosen_by == "option" and bundle_format != "zip")
+    assert ("is not a terminal" in in_pipe.stderr) is (in_pipe.exit_code == 2)

@@ -122,6 +122,7 @@ class PortalStub:
         self.broker = "enforced"
         self.name_shown: str | None = None
         self.registered: dict[str, Any] = {}  # what the answer to a registration says besides
+        self.bundle_of: Callable[[str], bytes] | None = None  # the bundle of a device, if it is another one
 
     def add_device(self, name: str = "sensor-7", **fields: Any) -> str:
         device_id = str(uuid.uuid4())
@@ -213,7 +214,11 @@ class PortalStub:
             answer |= self._sign(device_id, request.body["csr"])
         else:
             password = request.body.get("bundle_password", BUNDLE_PASSWORD)
-            link = self.add_link(build_bundle(device_files(self.pki, device_id), password=password))
+            link = self.add_link(
+                self.bundle_of(device_id)
+                if self.bundle_of
+                else build_bundle(device_files(self.pki, device_id), password=password)
+            )
             answer |= {"download_url": link, "download_expires_at": "2036-01-01T00:00:00Z", "bundle_password": password}
         self.answers[key] = answer
         return Reply(201, answer)
