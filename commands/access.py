@@ -297,7 +297,9 @@ def token_create(portal: Remote, /, token_out: str | None, **options: Any) -> No
         return known | {"expires_at": _expiry(answer)}
 
     done = f"Created the token {body['name']}"
-    create_with_secret(portal, "/tokens", body, shown_once="token", save_in=token_out, done=done, fields=fields)
+    made = create_with_secret(portal, "/tokens", body, shown_once="token", save_in=token_out, done=done, fields=fields)
+    if not made.get("expires_at"):
+        portal.out.note("It never expires; for one that does, add --expires-in 90d.")
 
 
 @command("revoke", token, examples=["portal token revoke 1e66977361d81fe2"])

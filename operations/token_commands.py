@@ -79,7 +79,8 @@ def create_token(name: str, role: str, life: timedelta | None) -> None:
     with opened_portal() as portal:
         secret, record = portal.operators.create(_actor(portal), name, Role(role), life)
     click.echo(secret)
-    click.echo(f"Token {record.id}, {record.role}, {_until(record)}", err=True)
+    endless = "; for one that expires, add --expires-in 90d" if record.expires_at is None else ""
+    click.echo(f"Token {record.id}, {record.role}, {_until(record)}{endless}", err=True)
 
 
 @token_group.command("revoke")

@@ -30,12 +30,13 @@ from operations.doctor.base import (
     Installation,
     certificate_of,
     combine,
+    counted,
     problem,
     summarize,
     warning,
     well,
 )
-from operations.doctor.network import https_date, served
+from operations.doctor.network import START_PORTAL, NotServed, https_date, served
 from operations.outside_certificates import https_certificate, outside_certificates
 from pki import ocsp as pki_ocsp
 from pki.issuers import CLOCK_SKEW, Issuer
@@ -168,7 +169,10 @@ def _freshness(name: str, kind: str, record: CrlRecord, now: datetime) -> list[F
 
 def crl_served(installation: Installation) -> Finding:
     """Check that the plain HTTP listener serves the newest CRLs of the database."""
-    found = _settled(lambda: _crl_served(installation))
+    try:
+        found = _settled(lambda: _crl_served(installation))
+    except NotServed as error:
+        return problem(str(error), START_PORTAL)
     return combine(found, f"http://{installation.settings.pki_bind} serves the newest CRLs.")
 
 
@@ -234,9 +238,11 @@ def ocsp_served(installation: Installation) -> Finding:
         certificate, issuer = x509.load_pem_x509_certificates(path.read_bytes())[:2]
         request = OCSPRequestBuilder().add_certificate(certificate, issuer, SHA256()).build()
         text = quote(base64.b64encode(request.public_bytes(Encoding.DER)).decode(), safe="")
-        problem_seen = _problem_of_response(
-            served(installation, f"/ocsp/{text}"), certificate, issuer, expected, installation
-        )
+        try:
+            response = served(installation, f"/ocsp/{text}")
+        except NotServed as error:
+            return problem(str(error), START_PORTAL)
+        problem_seen = _problem_of_response(response, certificate, issuer, expected, installation)
         if problem_seen is not None:
             found.problem(f"Asked about the {name}, {problem_seen}.", "Restart the portal; see its log.")
     url = f"http://{settings.pki_bind}/ocsp"
@@ -325,7 +331,7 @@ def expiry(installation: Installation) -> Finding:
     for kind, words in (ClientKind.DEVICE, "list"), (ClientKind.APPLICATION, "application list"):
         if (count := soon[kind, SOON]) > 0:
             found.warning(
-                f"{count} {kind} certificates expire within 30 days.",
+                f"{counted(count, f'{kind} certificate expires', f'{kind} certificates expire')} within 30 days.",
                 f"List them: {client_command(f'{words} --expires-before 30d')}.",
             )
     return combine(found, "Nothing expires within 30 days, no CA within 90.")

@@ -89,6 +89,11 @@ def summarize(things: Sequence[str], limit: int = 3) -> str:
     return shown if len(things) <= limit else f"{shown} and {len(things) - limit} more"
 
 
+def counted(number: int, one: str, several: str) -> str:
+    """Return a number with the words for one or for several, such as ``1 token expires`` or ``2 tokens expire``."""
+    return f"{number} {one if number == 1 else several}"
+
+
 class Installation:
     """The settings and parts of an installation, which may be broken; nothing of it is changed."""
 

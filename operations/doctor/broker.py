@@ -24,7 +24,18 @@ from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
 from core.errors import BrokerUnavailable
 from core.server_command import client_command
 from core.states import ON_CRL, IssuerKind
-from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, summarize, warning, well
+from operations.doctor.base import (
+    SECONDS,
+    Finding,
+    Findings,
+    Installation,
+    combine,
+    counted,
+    problem,
+    summarize,
+    warning,
+    well,
+)
 from store import devices, generations, issuers, tenants
 from store.tables import DEFAULT_TENANT, Certificate
 from workflows.access import BrokerTenants, on_broker, update_access
@@ -66,7 +77,9 @@ def acl_entries(installation: Installation) -> Finding:
     found = compare_acl(_blocks(expected_acl.render(number_of(content))), _blocks(content), pending)
     _add_closed(found, expected_acl, "PORTAL_ACL_STYLE and PORTAL_TOPIC_PREFIX; applications need the guard")
     more = f" {len(pending)} more will be installed soon." if pending else ""
-    return combine(found, f"The ACL is what the database says: {len(expected_acl)} devices.{more}")
+    return combine(
+        found, f"The ACL is what the database says: {counted(len(expected_acl), 'device', 'devices')}.{more}"
+    )
 
 
 class _Lines:
@@ -104,7 +117,7 @@ def _journal_entries(installation: Installation) -> Finding:
         found.problem(f"The guard's journal says otherwise of tenants: {summarize(differences)}.", _REPAIRS)
     _add_closed(found, expected, "PORTAL_TOPIC_PREFIX and PORTAL_TOPIC_PREFIXES")
     more = f" {len(pending)} more will be installed soon." if pending else ""
-    count = f"{len(allowed)} devices and applications may connect"
+    count = counted(len(allowed), "device or application", "devices and applications") + " may connect"
     return combine(found, f"The guard's journal is what the database says: {count}.{more}")
 
 
@@ -131,11 +144,14 @@ def compare_acl(expected: Mapping[str, str], installed: Mapping[str, str], ignor
     other = sorted(user for user in expected.keys() & installed.keys() - ignored if expected[user] != installed[user])
     found = Findings()
     if missing:
-        found.problem(f"{len(missing)} entries of the ACL are missing: {summarize(missing)}.", _REPAIRS)
+        those = counted(len(missing), "entry of the ACL is", "entries of the ACL are")
+        found.problem(f"{those} missing: {summarize(missing)}.", _REPAIRS)
     if unknown:
-        found.problem(f"{len(unknown)} entries of the ACL should not exist: {summarize(unknown)}.", _REPAIRS)
+        those = counted(len(unknown), "entry", "entries")
+        found.problem(f"{those} of the ACL should not exist: {summarize(unknown)}.", _REPAIRS)
     if other:
-        found.problem(f"{len(other)} entries of the ACL grant other topics: {summarize(other)}.", _REPAIRS)
+        those = counted(len(other), "entry of the ACL grants", "entries of the ACL grant")
+        found.problem(f"{those} other topics: {summarize(other)}.", _REPAIRS)
     return found
 
 
@@ -143,8 +159,8 @@ def _add_closed(found: Findings, access: Acl | GuardAccess, variables: str) -> N
     """Warn of the clients whose topics the settings do not allow."""
     if access.closed:
         found.warning(
-            f"{len(access.closed)} clients may do nothing, because the settings do not allow their topics:"
-            f" {summarize(list(access.closed))}.",
+            f"{counted(len(access.closed), 'client', 'clients')} may do nothing, because the settings do not allow"
+            f" {'its' if len(access.closed) == 1 else 'their'} topics: {summarize(list(access.closed))}.",
             f"Change their topics ({client_command('update')}, {client_command('application update')}), or"
             f" {variables}.",
         )
@@ -183,16 +199,15 @@ def crl_entries(installation: Installation) -> Finding:
                 missing = sorted({serial for serial, end in revoked if end > now} - listed)
                 extra = sorted(listed - {serial for serial, _ in revoked})
                 if missing and pending:
-                    found.warning(f"{len(missing)} revoked certificates will be on the next CRL.", _PENDING)
+                    soon = counted(len(missing), "revoked certificate", "revoked certificates")
+                    found.warning(f"{soon} will be on the next CRL.", _PENDING)
                 elif missing:
-                    found.problem(
-                        f"{len(missing)} revoked certificates are not on the CRL: {summarize(missing)}.", _REPAIRS
-                    )
+                    many = counted(len(missing), "revoked certificate is", "revoked certificates are")
+                    found.problem(f"{many} not on the CRL: {summarize(missing)}.", _REPAIRS)
                 if extra:
-                    found.problem(
-                        f"{len(extra)} certificates are on the CRL but not revoked: {summarize(extra)}.", _REPAIRS
-                    )
-    return combine(found, f"The CRL is what the database says: {count} certificates.")
+                    many = counted(len(extra), "certificate is", "certificates are")
+                    found.problem(f"{many} on the CRL but not revoked: {summarize(extra)}.", _REPAIRS)
+    return combine(found, f"The CRL is what the database says: {counted(count, 'certificate', 'certificates')}.")
 
 
 def _is_pending(installation: Installation, tx: sa.Connection) -> bool:

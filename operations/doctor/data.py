@@ -23,7 +23,7 @@ from core.server_command import client_command, server_command
 from core.states import PENDING_DELIVERY
 from operations import node_settings
 from operations.data_folder import own_folders
-from operations.doctor.base import Finding, Findings, Installation, combine, problem, summarize, warning, well
+from operations.doctor.base import Finding, Findings, Installation, combine, counted, problem, summarize, warning, well
 from pki.outer_chain import decode_above
 from pki.profiles import is_own_name, violated_constraint
 from store import brokers, generations, grants, nodes, schema, tenants
@@ -106,7 +106,7 @@ def secret_files(installation: Installation) -> Finding:
     key = settings.broker_file("server.key")
     if key.exists() and stat.S_IMODE(key.lstat().st_mode) & ~FILE_MODE:
         found.problem(f"{key} can be read by others.", f"Others may have read it, so replace it, then: chmod 640 {key}")
-    return combine(found, f"{count} files of keys and secrets can be read only by their owner.")
+    return combine(found, f"{counted(count, 'file', 'files')} of keys and secrets can be read only by the owner.")
 
 
 def _is_tenants_keys(settings: Settings, path: Path) -> bool:
@@ -208,7 +208,7 @@ def audit_record(installation: Installation) -> Finding:
                 return problem(whose + found, "Somebody changed the database by hand: compare it with a backup.")
             entries += verdict.entries
     whose = "" if len(names) == 1 else f" of {len(names)} tenants"
-    return well(f"All {entries} entries{whose} are sound.")
+    return well(f"{counted(entries, f'entry{whose} is', f'entries{whose} are')} sound.")
 
 
 def generation(installation: Installation) -> Finding:
@@ -224,8 +224,8 @@ def generation(installation: Installation) -> Finding:
             silent = [one.sentence for one in states if one.is_silent and one.sentence]
             if silent:
                 return warning(" ".join(silent), "All it has proven stays enforced; the next change is pending there.")
-            who = "The broker enforces" if installation.settings.has_broker else "The brokers elsewhere enforce"
-            return well(f"{who} generation {state.applied_generation}.")
+            who = "the broker was" if installation.settings.has_broker else "the brokers elsewhere were"
+            return well(f"Last {who} seen to enforce generation {state.applied_generation}, the newest.")
         if time.monotonic() >= deadline:
             break
         time.sleep(0.1)
@@ -256,11 +256,12 @@ def links(installation: Installation) -> Finding:
         ).scalar_one()
     if expired:
         return warning(
-            f"{expired} bundles still exist although their links have expired.",
+            f"{counted(expired, 'bundle still exists', 'bundles still exist')} after the link has expired.",
             "A running portal destroys them within a minute: check that it runs, and its log.",
         )
     return well(
-        f"{count} bundles wait for their download" + (f", since {oldest:%Y-%m-%d %H:%M} UTC." if count else ".")
+        counted(count, "bundle waits for its download", "bundles wait for their download")
+        + (f", since {oldest:%Y-%m-%d %H:%M} UTC." if count else ".")
     )
 
 
@@ -298,7 +299,10 @@ def certificate_profiles(installation: Installation) -> Finding:
                         "No device gets a certificate under it: change the profile (portal profile update), or have the"
                         " CA certified for these names.",
                     )
-    return combine(found, f"{count} beside the built-in one; the CA may issue by all of them.")
+    if not count:
+        return well("There is the built-in one alone.")
+    them = "it" if count == 1 else "all of them"
+    return combine(found, f"{count} beside the built-in one; the CA may issue by {them}.")
 
 
 def tokens(installation: Installation) -> Finding:
@@ -308,12 +312,14 @@ def tokens(installation: Installation) -> Finding:
         valid = [token for token in tenants.list_tokens(tx) if token.is_valid(now)]
     endless = [token.name for token in valid if token.expires_at is None]
     if endless:
+        those = counted(len(endless), "operator token never expires", "operator tokens never expire")
         found.warning(
-            f"{len(endless)} operator tokens never expire: {summarize(endless)}.",
-            f"Create new ones that expire ({client_command('token create NAME --expires-in 90d')}), then revoke these"
+            f"{those}: {summarize(endless)}.",
+            f"Create others that expire ({client_command('token create NAME --expires-in 90d')}), then revoke these"
             f" ({client_command('token revoke')}).",
         )
     own = [token for token in valid if token.tenant_id == installation.first_tenant and token.subject is None]
     if not any(token.role in (Role.SYSTEM, Role.ADMIN) for token in own):
         found.warning("No admin token is valid.", f"Make one, valid for a day: {server_command('admin-token')}")
-    return combine(found, f"{len(valid)} operator tokens are valid; each expires.")
+    each = counted(len(valid), "operator token is valid, and", "operator tokens are valid; each")
+    return combine(found, f"{each} expires.")

@@ -60,7 +60,7 @@ def _key(issuer: IssuerRecord, keys: KeyStores, found: Findings) -> str:
 def _told(described: KeyDescription, is_root: bool, found: Findings) -> str:
     name, remedy = described.name, _REPLACE_ROOT if is_root else _MAKE_ANOTHER
     if described.origin is Origin.FILE:
-        return "the root's key is in the CA folder: better move it away" if is_root else f"{name} is in a file"
+        return "the root's key is in the CA folder, and can be moved away" if is_root else f"{name} is in a file"
     if described.can_leave:
         found.problem(f"The token lets the key of {name} be read.", remedy)
     elif described.origin is Origin.IMPORTED:

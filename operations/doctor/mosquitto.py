@@ -14,7 +14,7 @@ from broker.files.control import PASSWORD_FILE
 from broker.folder import CA_FILE, CA_FOLDER, CRL_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE
 from config import Settings
 from core.broker_control import ACL_FILE, JOURNAL_FILE, AclStyle, ControlKind
-from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, problem, warning, well
+from operations.doctor.base import SECONDS, Finding, Findings, Installation, combine, counted, problem, warning, well
 from operations.doctor.broker import active_devices, running_broker
 
 OLDEST = (2, 0, 11)
@@ -355,7 +355,7 @@ def broker_version(installation: Installation) -> Finding:
         found += size_warnings(version, installation.settings.acl_style, devices)
     found += _connection_warnings(installation, devices)
     how = "under the guard" if guarded else f"in style {installation.settings.acl_style}"
-    return combine(found, f"Mosquitto {said}, with {devices} active devices {how}.")
+    return combine(found, f"Mosquitto {said}, with {counted(devices, 'active device', 'active devices')} {how}.")
 
 
 def running_version(pid: int) -> tuple[int, ...] | None:
@@ -425,7 +425,7 @@ def _connection_warnings(installation: Installation, devices: int) -> Iterator[F
         limit = listener.options.get("max_connections", "")
         if _is_of_devices(listener, installation.settings) and limit.isdigit() and int(limit) < devices:
             yield warning(
-                f"max_connections is {limit}, for {devices} active devices.",
+                f"max_connections is {limit}, for {counted(devices, 'active device', 'active devices')}.",
                 "Raise max_connections, and LimitNOFILE of its service.",
             )
 

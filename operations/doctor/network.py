@@ -31,6 +31,7 @@ from operations.doctor.base import (
     Installation,
     certificate_of,
     combine,
+    counted,
     problem,
     warning,
     well,
@@ -39,9 +40,13 @@ from operations.outside_certificates import broker_certificate, https_certificat
 
 _MAX_BYTES = 64 << 20  # a CRL of a million entries has about 40 MB
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - the addresses to connect to for a listener on every address
-_START_PORTAL = "Start the portal, or see its log."
+START_PORTAL = "Start the portal, or see its log."
 _RENEW = "Correct the files, or have the certificate issued again; the portal takes it within a minute."
 _START_BROKER = "Start the broker, or see its log."
+
+
+class NotServed(Exception):
+    """The plain HTTP listener does not answer; its text is a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ def portal(installation: Installation) -> Finding:
         answer = _ask_https(installation, "/readyz")
     except OSError as error:
         return problem(
-            f"The portal does not answer at {_listener(installation.settings)}: {_said(error)}.", _START_PORTAL
+            f"The portal does not answer at {_listener(installation.settings)}: {_said(error)}.", START_PORTAL
         )
     if answer.status == http.client.OK:
         return well("The portal answers and is ready.")
@@ -77,7 +82,7 @@ def front_server(installation: Installation) -> Finding:
             f"Clients on the network reach the portal itself at {settings.bind}, where slow ones hold up all others.",
             "Put nginx in front; see deploy/README.md. Or name the front server in PORTAL_TRUSTED_PROXIES.",
         )
-    return well(f"The portal listens on {settings.bind}, where slow clients on the network do not reach it directly.")
+    return well(f"The portal's address is {settings.bind}, where slow clients on the network do not reach it.")
 
 
 def broker_address(installation: Installation) -> Finding:
@@ -107,7 +112,7 @@ def portal_certificate(installation: Installation) -> Finding:
             "Restart the portal; check PORTAL_SERVER_NAMES.",
         )
     except OSError as error:
-        return problem(f"The portal does not answer at {_secured(settings)}: {_said(error)}.", _START_PORTAL)
+        return problem(f"The portal does not answer at {_secured(settings)}: {_said(error)}.", START_PORTAL)
     # Those of another issuer may name all hosts of a domain; whether they verify has been seen just now.
     names = settings.server_names if outside is None else ()
     return _check_certificate(installation, der, settings.tls_dir / "server.pem", names, "Restart the portal.")
@@ -176,11 +181,14 @@ def https_date(installation: Installation) -> datetime:
 
 
 def served(installation: Installation, path: str) -> bytes:
-    """Return what the plain HTTP listener serves at a path; raise ``OSError``."""
-    host, port = _target(installation.settings.pki_bind)
+    """Return what the plain HTTP listener serves at a path; raise ``NotServed``."""
+    bind = installation.settings.pki_bind
+    host, port = _target(bind)
     connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
     try:
         return _get(connection, path).body
+    except OSError as error:
+        raise NotServed(f"The portal does not answer at http://{bind}: {_said(error)}.") from error
     finally:
         connection.close()
 
@@ -270,7 +278,7 @@ def _check_certificate(
         ends = f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
         return problem(f"The certificate that is served ends at {ends}, and is not the one in {path}.", advice)
     named = f", names {', '.join(names)}," if names else ""
-    return well(f"The certificate verifies{named} and has {left.days} days left.")
+    return well(f"The certificate verifies{named} and has {counted(left.days, 'day', 'days')} left.")
 
 
 def _said(error: OSError) -> str:

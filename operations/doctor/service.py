@@ -35,7 +35,7 @@ def broker_service(installation: Installation) -> Finding:
     """Check the running broker's process, and that nobody reloads a broker whose reloads do harm."""
     pid = running_broker(installation)
     if not pid:
-        return well("The broker does not run, or its process is not visible here.")
+        return well("Not looked at: the broker does not run, or its process is not visible here.")
     found, service = Findings(), _service_of(pid)
     found += openssl_warnings(environment_of(pid, service), Path(f"/proc/{pid}/root"))
     if installation.settings.broker_control is ControlKind.GUARD:

@@ -24,6 +24,20 @@ def test_a_new_token_is_shown_once_and_never_in_a_pipe(session: Session, stub: P
     assert session.json(*create)["token"] == "secret-of-new-token"
 
 
+def test_a_token_that_never_expires_is_said_to(session: Session, stub: PortalStub) -> None:
+    create = ("token", "create", "factory", "--role", "operator", "--token-out")
+    assert "It never expires; for one that does, add --expires-in 90d.\n" in session.run(*create, "endless").stderr
+    made = {
+        "token_id": UNKNOWN,
+        "name": "factory",
+        "role": "operator",
+        "expires_at": "2036-01-01T00:00:00Z",
+        "token": "x",
+    }
+    stub.replies["POST", "/tokens"] = Reply(201, made)
+    assert "never expires" not in session.run(*create, "ending").stderr
+
+
 def test_creating_a_token_is_repeated_with_the_same_key_if_the_connection_breaks(
     session: Session, stub: PortalStub
 ) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import click
 import pytest
 
+from app import create_app, portal_of
+from config import Settings
 from operations.token_commands import Life
+from operations.wiring import prepare
 
 
 @pytest.mark.parametrize(
@@ -27,3 +31,15 @@ def test_a_life_is_in_days_or_hours(text: str, life: timedelta) -> None:
 def test_anything_else_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(click.BadParameter, match="such as 90d or 12h"):
         Life().convert(text, None, None)
+
+
+@pytest.mark.parametrize(("options", "said"), [((), True), (("--expires-in", "90d"), False)])
+def test_who_makes_a_token_that_never_expires_is_told(
+    make_settings: Callable[..., Settings], options: tuple[str, ...], said: bool
+) -> None:
+    app = create_app(make_settings(), background=False)
+    prepare(portal_of(app))
+    done = app.test_cli_runner().invoke(args=["token", "create", "ci", "--role", "auditor", *options])
+    assert done.exit_code == 0
+    assert ("without end; for one that expires, add --expires-in 90d" in done.stderr) is said
+    portal_of(app).close()

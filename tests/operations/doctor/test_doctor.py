@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -22,9 +23,10 @@ from core.roles import Role
 from core.states import ClientKind
 from operations.commands import line_of
 from operations.doctor import authority, data, doctor, network
-from operations.doctor.base import Finding, Installation, State, combine, problem, warning, well
+from operations.doctor.base import Finding, Installation, State, combine, counted, problem, warning, well
 from operations.doctor.doctor import examine, exit_status
 from operations.doctor.mosquitto import bridge_warnings, mistakes, read_configuration, size_warnings, version_of
+from operations.doctor.network import START_PORTAL
 from operations.own_certificates import probe_certificates
 from operations.wiring import Portal, prepare
 from pki.profiles import CertificateProfile
@@ -38,6 +40,7 @@ from tests.workflows.test_registration import OPERATOR, PUMP, token_of
 from workflows.credentials import DeviceRequest
 from workflows.operators import new_token
 
+PROJECT = Path(__file__).parents[3]
 # What cannot be well in these tests, where neither the server nor the broker runs.
 ABSENT = {"portal", "CRL served", "broker", "broker certificate", "probe certificates", "generation"}
 FOLLOWING = {"portal certificate", "OCSP served"}  # from those, so that they are left out
@@ -244,11 +247,11 @@ def the_probe_certificate_is_gone(portal: Portal) -> None:
         (
             the_acl_admits_an_unknown_device,
             "ACL entries",
-            "1 entries of the ACL should not exist: 00000000-",
+            "1 entry of the ACL should not exist: 00000000-",
         ),
-        (the_acl_lacks_a_device, "ACL entries", "1 entries of the ACL are missing"),
-        (the_acl_gives_more, "ACL entries", "1 entries of the ACL grant other topics"),
-        (a_revocation_is_undone, "CRL entries", "1 certificates are on the CRL but not revoked"),
+        (the_acl_lacks_a_device, "ACL entries", "1 entry of the ACL is missing"),
+        (the_acl_gives_more, "ACL entries", "1 entry of the ACL grants other topics"),
+        (a_revocation_is_undone, "CRL entries", "1 certificate is on the CRL but not revoked"),
         (the_passwords_are_others, "broker files", "is not what the portal wrote"),
         (an_audit_entry_is_altered, "audit record", "Entry 2 was altered"),
         (the_schema_is_another, "database", "has schema 9999"),
@@ -317,11 +320,11 @@ def test_ocsp_that_has_no_answer_or_none_of_ours_is_a_problem(
         ({"days": 5}, "expiry", State.WARNING, "The revoked probe certificate expires"),
         ({"days": 8}, "expiry", State.PROBLEM, "The revoked probe certificate expired"),
         ({"days": 91}, "expiry", State.PROBLEM, "The broker's certificate expired"),
-        ({"days": 340}, "expiry", State.PROBLEM, "1 device certificates expire within 30 days"),
+        ({"days": 340}, "expiry", State.PROBLEM, "1 device certificate expires within 30 days"),
         ({"days": 350}, "CRL", State.PROBLEM, "The CRL of root expires"),
         ({"days": 1825 - 60}, "expiry", State.PROBLEM, "The CA issuing-1 expires"),
         ({"days": 1826}, "CA chain", State.PROBLEM, "issuing-1 is not valid now"),
-        ({"hours": 25}, "links", State.WARNING, "1 bundles still exist"),
+        ({"hours": 25}, "links", State.WARNING, "1 bundle still exists"),
     ],
 )
 def test_what_the_time_brings_is_said(
@@ -342,7 +345,7 @@ def test_certificates_that_expire_soon_are_listed_by_the_command_for_their_kind(
     reader = DeviceRequest(name="store", kind=ClientKind.APPLICATION, topics=[("devices/#", "read")], validity_days=20)
     portal.registrations.register(OPERATOR, reader)
     finding = examined(portal, "expiry")["expiry"]
-    assert "1 application certificates expire within 30 days." in finding.detail
+    assert "1 application certificate expires within 30 days." in finding.detail
     assert "device certificates" not in finding.detail
     assert "./portal application list --expires-before 30d" in (finding.advice or "")
     portal.close()
@@ -380,7 +383,28 @@ def test_a_token_without_an_end_is_a_warning(portal: Portal) -> None:
             tenants.add_token(tx, record, secret=secret)
     finding = examined(portal, "tokens")["tokens"]
     assert finding.state is State.WARNING
-    assert "1 operator tokens never expire: ci." in finding.detail
+    assert "1 operator token never expires: ci." in finding.detail
+
+
+def test_one_thing_is_spoken_of_as_one() -> None:
+    """Words for several stand behind no number that may be 1."""
+    number = re.compile(r"\{(?:len\([^}]*\)|count|number|devices|entries|expired)\} (?!more|beside)[a-z]+")
+    texts = [path.read_text() for path in (PROJECT / "operations" / "doctor").glob("*.py")]
+    # Those are more than one where they are said.
+    assert {found for one in texts for found in number.findall(one)} == {"{devices} devices", "{len(names)} tenants"}
+    assert [counted(number, "token", "tokens") for number in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
+
+
+def test_where_all_is_stopped_no_line_says_that_something_runs(portal: Portal) -> None:
+    with portal.database.transaction() as tx:
+        enforce_all(tx)
+    found = examined(portal, "CRL served", "broker service", "front server", "generation", "certificate profiles")
+    assert found["CRL served"].detail.startswith(f"The portal does not answer at http://{portal.settings.pki_bind}: ")
+    assert found["CRL served"].advice == START_PORTAL
+    assert found["broker service"].detail.startswith("Not looked at: ")
+    assert found["front server"].detail.startswith("The portal's address is ")
+    assert found["generation"].detail.startswith("Last the broker was seen to enforce generation ")
+    assert found["certificate profiles"].detail == "There is the built-in one alone."
 
 
 def test_bundles_that_wait_are_counted(portal: Portal) -> None:
@@ -652,8 +676,8 @@ def test_what_each_tenant_has_is_looked_at(portal: Portal) -> None:
         tenants.add_token(tx, record, secret=secret)
     portal.profiles.add(dataclasses.replace(OPERATOR, tenant_id="acme"), CertificateProfile("theirs"))
     found = examined(portal, "tokens", "certificate profiles")
-    assert "1 operator tokens never expire: endless." in found["tokens"].detail
-    assert found["certificate profiles"].detail.startswith("1 beside the built-in one")
+    assert "1 operator token never expires: endless." in found["tokens"].detail
+    assert found["certificate profiles"].detail.startswith("1 beside the built-in one; the CA may issue by it.")
 
 
 def test_an_address_of_the_broker_that_only_this_machine_reaches_is_found(
