@@ -400,10 +400,10 @@ def _connection_failure(origin: str, error: requests.RequestException) -> Unreac
         return Unreachable(f"The host name in {origin} cannot be resolved; check --url or PORTAL_URL.")
     refused = _find(error, urllib3.exceptions.NewConnectionError)
     if isinstance(error, requests.exceptions.ConnectTimeout) or refused:
-        return Unreachable(
-            f"The portal does not answer at {origin}.",
-            hints=["Check that it is running, and the address: --url, PORTAL_URL or portal login."],
-        )
+        hints = ["Check that it is running, and the address: --url, PORTAL_URL or portal login."]
+        if is_loopback(urlsplit(origin).hostname or ""):
+            hints.append("A portal of scripts/run is started again with: scripts/run")
+        return Unreachable(f"The portal does not answer at {origin}.", hints=hints)
     if isinstance(error, requests.exceptions.ReadTimeout):
         return ConnectionLost(f"{origin} accepted the request but did not answer within {ANSWER_SECONDS:.0f} seconds.")
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidHeader):

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from commands import client
 from commands.output import clean
 from tests.support.cli_session import Session
 from tests.support.portal_stub import TOKEN, PortalStub, Reply, problem
+from tests.support.ports import free_port
 
 pytest_plugins = ("tests.support.cli_fixtures",)
 REGISTER = ("register", "sensor-7", "--type", "thermometer", "--location", "Hall 2", "--firmware", "1.4.2")
@@ -105,6 +107,20 @@ def test_a_refused_token_says_where_it_came_from(session: Session) -> None:
 def test_a_refused_token_says_how_to_get_another(session: Session) -> None:
     assert ": . data/operator.env" in session.run("list", env={"PORTAL_TOKEN": "wrong"}).stderr
     assert "portal token create NAME" in session.run("list", "--token", "wrong").stderr
+
+
+def test_a_portal_that_does_not_run_is_said_with_what_starts_it_on_this_machine(session: Session) -> None:
+    here = f"https://127.0.0.1:{free_port()}"
+    result = session.run("list", env={"PORTAL_URL": here})
+    assert result.exit_code == 3
+    assert f"The portal does not answer at {here}." in result.stderr
+    assert "is started again with: scripts/run" in result.stderr
+
+
+def test_a_portal_of_another_machine_is_not_started_here() -> None:
+    late = requests.exceptions.ConnectTimeout()
+    assert "scripts/run" not in str(client._connection_failure("https://portal.example.com", late).hints)
+    assert "scripts/run" in str(client._connection_failure("https://localhost:8443", late).hints)
 
 
 @pytest.mark.parametrize(
