@@ -39,7 +39,8 @@ def test_who_makes_a_token_that_never_expires_is_told(
 ) -> None:
     app = create_app(make_settings(), background=False)
     prepare(portal_of(app))
-    done = app.test_cli_runner().invoke(args=["token", "create", "ci", "--role", "auditor", *options])
+    with app.app_context():
+        done = app.test_cli_runner().invoke(args=["token", "create", "ci", "--role", "auditor", *options])
     assert done.exit_code == 0
     assert ("without end; for one that expires, add --expires-in 90d" in done.stderr) is said
     portal_of(app).close()
