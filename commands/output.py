@@ -194,7 +194,8 @@ class Output:
         Without rows, says ``empty`` on standard error; if the answer has a cursor for more, says how to list all. On a
         narrow terminal the ``spare`` columns are left out, the last one first, which is told, and long values are cut
         (``…``), except in the first one and those of ``whole``, which further commands are given: if these do not fit
-        side by side, a row is a record of several lines. With ``wide`` nothing is left out, and nothing is cut.
+        side by side, or nothing fits beside the first one, a row is a record of several lines. With ``wide`` nothing is
+        left out, and nothing is cut.
         """
         if self.as_json:
             self.json(answer)

@@ -68,7 +68,8 @@ class Terminal:
         texts = [[Text(content, style=style) for content, style in row] for row in rows]
         widths = [max(len(title), *(line[i].cell_len for line in texts)) for i, title in enumerate(titles)]
         kept = list(range(len(titles))) if wide else self._fit(titles, widths, spare, whole)
-        if not wide and sum(widths[i] + 2 for i in kept) > self._console.width + 2:
+        is_alone = len(kept) == 1 < len([title for title in titles if title not in spare])
+        if not wide and (is_alone or sum(widths[i] + 2 for i in kept) > self._console.width + 2):
             return self._records(titles, texts, widths, spare)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i in kept:

@@ -396,6 +396,15 @@ def test_nobody_types_a_password_for_a_link_that_is_used(session: Session, stub:
     assert [request.method for request in stub.requests] == ["HEAD", "GET"]  # only the latter is told to operators
 
 
+def test_a_list_on_a_very_narrow_terminal_shows_more_than_ids(session: Session, stub: PortalStub) -> None:
+    stub.add_device("a name")
+    with terminal(session, "list", COLUMNS="40", TERM="xterm", NO_COLOR="1") as seen:
+        assert seen.end() == 0
+    shown = seen.seen.splitlines()
+    assert [line.split() for line in shown[1:3]] == [["NAME", "a", "name"], ["STATUS", "active"]]
+    assert max(map(len, shown)) <= 40
+
+
 def test_the_rate_of_a_few_steps_in_an_instant_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     shown = io.StringIO()

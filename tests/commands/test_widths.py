@@ -19,6 +19,7 @@ import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ ANY = {  # fields of rows of any kind
     "event": "revoked",
     "attempts": 2,
 }
+
+
+class TheDay(datetime):
+    """The day on which the texts were written: some say how long ago something was."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> TheDay:
+        return cls(2026, 12, 1, 12, tzinfo=tz)
+
+
+@pytest.fixture(autouse=True)
+def the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("commands.output.datetime", TheDay)
 
 
 @contextmanager
