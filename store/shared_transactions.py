@@ -28,6 +28,17 @@ class _Request(Generic[Item, Result]):
         self.results: list[Result] = []
         self.error: BaseException | None = None
         self.done = False
+        self._turn = Lock()
+        self._turn.acquire()
+
+    def wait(self) -> bool:
+        """Wait until the work is done, or it is the caller's turn to lead; return whether it is done."""
+        self._turn.acquire()
+        return self.done
+
+    def wake(self) -> None:
+        """End the caller's wait, or have it not wait at all."""
+        self._turn.release()
 
     def run_in_savepoint(self, tx: Connection) -> None:
         """Do the work; if it fails, undo only its own changes and keep the error for its caller."""
@@ -60,7 +71,7 @@ class SharedTransactions:
         self._transaction = transaction
         self._lock = Lock()
         self._waiting: list[_Request[Any, Any]] = []
-        self._leader = Lock()
+        self._is_led = False  # whether a caller leads, who lets the first of those that wait lead after it
         self._preparing = 0  # callers that will come soon
         self._all_have_come = Condition()
         self._own = local()  # whether a thread is one of them
@@ -94,11 +105,22 @@ class SharedTransactions:
         request = _Request(work, item)
         with self._lock:
             self._waiting.append(request)
+            leads, self._is_led = not self._is_led, True
         self._has_come()
-        with self._leader:
-            if not request.done:
+        # Not for a lock that all take in turn: one whose work is done would wait for whoever leads next.
+        if leads or not request.wait():
+            try:
                 self._lead()
+            finally:
+                self._let_next_lead()
         return request.outcome()
+
+    def _let_next_lead(self) -> None:
+        with self._lock:
+            following = self._waiting[:1]
+            self._is_led = bool(following)
+        for request in following:
+            request.wake()
 
     def _lead(self) -> None:
         """Commit the work of all callers that wait."""
@@ -130,6 +152,7 @@ class SharedTransactions:
         finally:
             for request in requests:
                 request.done = True
+                request.wake()
 
     def _take_waiting(self) -> list[_Request[Any, Any]]:
         with self._lock:

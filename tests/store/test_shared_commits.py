@@ -104,6 +104,33 @@ def test_nobody_is_answered_before_the_shared_commit(database: Database) -> None
     assert sorted(answered) == [0, 1, 2]
 
 
+def test_one_whose_work_is_committed_does_not_wait_for_who_leads_next(database: Database) -> None:
+    writes, end = threading.Event(), threading.Event()
+
+    def long(tx: Connection) -> int:
+        writes.set()
+        assert end.wait(waiting.SECONDS)
+        return insert(1)(tx)
+
+    def lead_twice() -> int:
+        database.write(insert(0))
+        return database.write(long)
+
+    leader, *others = (lead_twice, *(partial(database.write, insert(number)) for number in range(2, 6)))
+    with ThreadPoolExecutor(5) as pool:
+        with waiting.while_writing(database, insert(-1)):
+            leads = pool.submit(leader)
+            assert waiting.one_more()
+            futures = [pool.submit(other) for other in others]
+            assert all(waiting.one_more() for _ in others)
+        try:
+            assert writes.wait(waiting.SECONDS)
+            assert [future.result(waiting.SECONDS) for future in futures] == list(range(2, 6))
+            assert not leads.done()
+        finally:
+            end.set()
+
+
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Is set once a writer of a database that is opened from now on waits for those that are about to come."""

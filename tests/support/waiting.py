@@ -26,13 +26,19 @@ class AnnouncedLock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
-    def __enter__(self) -> None:
+    def acquire(self) -> None:
         if not self._lock.acquire(blocking=False):
             self.waiting.release()
             self._lock.acquire()
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
         self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def announce(monkeypatch: pytest.MonkeyPatch) -> None:
