@@ -104,12 +104,12 @@ def test_ctrl_c_says_that_it_may_be_registered_and_how_to_get_the_answer(
 ) -> None:
     call = Client.call
 
-    def interrupted(client: Client, method: str, path: str, **options: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         if answered:
-            call(client, method, path, **options)
+            call(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Client, "call", interrupted)
+    monkeypatch.setattr(Client, "call" if answered else "_send", interrupted)
     result = session.run(*REGISTER, "--json", "--idempotency-key", "k" * 32)
     assert result.exit_code == 130
     assert result.stderr.count("Warning: ") == 1
