@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import select
+import selectors
 import signal
 import socket
 import sys
@@ -37,6 +39,7 @@ GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server st
 WORKER_TIMEOUT = 60  # seconds without a sign of life after which a worker is replaced
 KEEPALIVE = 75  # seconds that an idle connection is kept
 STAY_SECONDS = 0.02  # that a thread waits for the next request of a client before others wait for it
+SILENT_AT_STOP = 5.0  # seconds that a client which has sent nothing yet has when the server stops
 START_AGAIN = 1.0  # seconds between two tries to start a worker
 # Python's default is ten times as long, and a thread that has waited for the disk, as each that writes does several
 # times, waits for so long again if another one computes.
@@ -241,7 +244,18 @@ class _Worker(ThreadWorker):
         if not enabled and not self.alive:
             if self._sharing is not None:
                 self._sharing.close(self.number)
+            for silent in self.pending_conns:
+                silent.timeout = min(silent.timeout, time.monotonic() + SILENT_AT_STOP)
             stop_listening(self.sockets, self.accept)
+
+    def enqueue_req(self, conn: Any) -> None:
+        """Have a thread answer, and none wait for a client that has not sent a byte yet: gunicorn's would, 5 s each."""
+        if conn.initialized or conn.data_ready:
+            super().enqueue_req(conn)
+            return
+        conn.timeout = time.monotonic() + (self.cfg.keepalive if self.alive else SILENT_AT_STOP)
+        self.pending_conns.append(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, functools.partial(self.on_pending_socket_readable, conn))
 
     def handle(self, conn: Any) -> Any:
         """Answer a request, and those that follow at once: this thread waits for the next one for a moment.

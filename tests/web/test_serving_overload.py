@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -90,6 +91,17 @@ def test_slow_clients_of_one_listener_do_not_hold_up_the_other(server: Server, b
         assert facts(client)["path"] == "/meanwhile"
     for client in slow:
         client.close()
+
+
+@pytest.mark.parametrize("listener", ["port", "pki_port"])
+def test_clients_that_send_nothing_hold_up_nobody(server: Server, listener: str) -> None:
+    port = getattr(server, listener)
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(server.tcp(port))  # gunicorn would have a thread wait five seconds for each
+        client = stack.enter_context(server.tls() if listener == "port" else server.tcp(port))
+        client.sendall(request("/meanwhile"))
+        assert facts(client)["path"] == "/meanwhile"
 
 
 def test_eight_clients_at_once_are_all_served(server: Server) -> None:
