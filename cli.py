@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take time
-    from onboarding_portal.interrupts import exit_at_once
+    from onboarding_portal import exit_when_interrupted
 
-    exit_at_once()
+    exit_when_interrupted()
 
 import os
 import sys

@@ -54,6 +54,13 @@ def test_ctrl_c_during_the_imports_is_a_status_without_a_traceback(program: str,
     assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "\n")
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_nor_has_it_a_traceback_before_it_is_known_what_ctrl_c_does(program: str, tmp_path: Path) -> None:
+    (tmp_path / "contextlib.py").write_text("raise KeyboardInterrupt")
+    done = run(tmp_path, *PROGRAMS[program])
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
+
+
 @pytest.mark.parametrize(
     ("program", "module"),
     [("doctor", "operations.doctor.doctor.examine"), ("agent", "operations.agent.commands._opened")],
