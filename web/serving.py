@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import logging
 import os
 import select
-import selectors
 import signal
 import socket
 import sys
@@ -25,21 +23,19 @@ from typing import Any, Literal, NoReturn
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import ThreadWorker
 
 from config import Settings
 from core import processors
 from core.errors import PortalError, StartupError
 from core.setting_values import Address
-from web.listeners import ClientSocket, RequestBody, ServerTls, allow_open_files, listen, listen_again, stop_listening
-from web.sharing import SharedListener, Sharing
+from web.listeners import ClientSocket, RequestBody, ServerTls, allow_open_files, listen, listen_again
+from web.sharing import Sharing
 from web.slow_clients import MAX_LINGERING, Lingering, SlowClients
+from web.worker import Worker
 
 GRACEFUL_TIMEOUT = 10  # seconds that requests in flight have when the server stops
 WORKER_TIMEOUT = 60  # seconds without a sign of life after which a worker is replaced
 KEEPALIVE = 75  # seconds that an idle connection is kept
-STAY_SECONDS = 0.02  # that a thread waits for the next request of a client before others wait for it
-SILENT_AT_STOP = 5.0  # seconds that a client which has sent nothing yet has when the server stops
 START_AGAIN = 1.0  # seconds between two tries to start a worker
 # Python's default is ten times as long, and a thread that has waited for the disk, as each that writes does several
 # times, waits for so long again if another one computes.
@@ -211,84 +207,6 @@ class _Log(Logger):
         self.error_log.setLevel(logging.INFO if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
 
 
-class _Worker(ThreadWorker):
-    """gunicorn's, which else lets the kernel take connections while it stops, and resets them, and miscounts them."""
-
-    sockets: list[Any]
-    number = 0  # from 0, no other worker's of the same gunicorn
-    _sharing: Sharing | None = None
-    _connections = 0
-
-    @property
-    def nr_conns(self) -> int:
-        """How many connections this worker has; gunicorn counts them, and the other workers see it."""
-        return self._connections
-
-    @nr_conns.setter
-    def nr_conns(self, connections: int) -> None:
-        self._connections = connections
-        if self._sharing is not None and self.alive:
-            self._sharing.count(self.number, connections)
-
-    def share(self, sharing: Sharing) -> None:
-        """Share connections with the other workers from now on."""
-        own: list[socket.socket] = [SharedListener(sharing, self.number, listener) for listener in self.sockets]
-        _close(self.sockets)
-        self.sockets = [*own, sharing.inbox(self.number)]
-        self._sharing = sharing
-        sharing.count(self.number, self._connections)
-
-    def set_accept_enabled(self, enabled: bool) -> None:
-        """Also take what waits before it listens no more."""
-        super().set_accept_enabled(enabled)
-        if not enabled and not self.alive:
-            if self._sharing is not None:
-                self._sharing.close(self.number)
-            for silent in self.pending_conns:
-                silent.timeout = min(silent.timeout, time.monotonic() + SILENT_AT_STOP)
-            stop_listening(self.sockets, self.accept)
-
-    def enqueue_req(self, conn: Any) -> None:
-        """Have a thread answer, and none wait for a client that has not sent a byte yet: gunicorn's would, 5 s each."""
-        if conn.initialized or conn.data_ready:
-            super().enqueue_req(conn)
-            return
-        conn.timeout = time.monotonic() + (self.cfg.keepalive if self.alive else SILENT_AT_STOP)
-        self.pending_conns.append(conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, functools.partial(self.on_pending_socket_readable, conn))
-
-    def handle(self, conn: Any) -> Any:
-        """Answer a request, and those that follow at once: this thread waits for the next one for a moment.
-
-        The client would else be handed to the thread that waits for all connections, and to another one of these.
-        """
-        goes_on = super().handle(conn)
-        while goes_on is True and self._may_stay() and self._follows_at_once(conn):
-            goes_on = super().handle(conn)
-        return goes_on
-
-    def _may_stay(self) -> bool:
-        """Whether half of the threads are free for others; one that has a request or waits for one is not."""
-        busy = self.nr_conns - len(self.keepalived_conns) - len(self.pending_conns)
-        return bool(self.alive and busy <= self.cfg.threads // 2)
-
-    def _follows_at_once(self, conn: Any) -> bool:
-        if conn.parser.unreader.buf.getvalue():  # it is here already: gunicorn goes on with it
-            return False
-        arrival = select.poll()
-        arrival.register(conn.sock, select.POLLIN)
-        return bool(arrival.poll(STAY_SECONDS * 1000))
-
-    def finish_request(self, conn: Any, fs: Any) -> None:
-        """Count a connection once that has ended, also if it could not be closed, as after a failed handshake.
-
-        Else their number is too small: a worker that stops does not wait for all requests, and accepts too many before.
-        """
-        before = self.nr_conns
-        super().finish_request(conn, fs)
-        self.nr_conns = max(self.nr_conns, before - 1)
-
-
 class _Gunicorn(BaseApplication):
     """One gunicorn on one listener; ``link`` connects it with the process of the other."""
 
@@ -320,7 +238,7 @@ class _Gunicorn(BaseApplication):
         """Set everything that gunicorn would else take from its environment, or that trusts a header of a client."""
         options: dict[str, Any] = {
             "bind": [f"fd://{bound.detach()}" for bound in self._bound],
-            "worker_class": _Worker,
+            "worker_class": Worker,
             "preload_app": True,
             "workers": self._settings.workers,
             "threads": self._settings.threads,
