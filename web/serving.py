@@ -391,7 +391,7 @@ class _Gunicorn(BaseApplication):
         for listener in worker.sockets:
             listen_again(listener)  # as it does already, unless the worker before was told to end, or could not start
         if self._sharing is not None:
-            worker.share(self._sharing)
+            worker.share(self._sharing, self._settings.workers)
 
     def _pre_request(self, _worker: Any, request: Any) -> None:
         """In a thread that is about to answer a request."""

@@ -2,7 +2,7 @@
 
 The kernel chooses the worker by a hash of the addresses, so of eight clients one of two workers can get seven; and it
 is workers whose threads wait for each other. So the worker that accepts a connection gives it to the one that has
-fewest, untouched, if that has fewer than itself.
+fewest in use, untouched, if that has fewer than itself.
 """
 
 from __future__ import annotations
@@ -15,43 +15,58 @@ import mmap
 import os
 import socket
 import termios
+import time
 from collections.abc import Sequence
 from typing import Any
 
-CLOSED = 0xFFFFFFFF  # in place of a number of connections
+HANG_SECONDS = 3.0  # after which a worker that has not told how many connections it has is taken to hang
+_CLOSED = 0xFFFFFFFF  # in place of a number of connections
 
 
 class Sharing:
     """How many connections each worker has, and what takes those that are given to it. Made before the workers are.
 
     ``inboxes`` are pairs of connected sockets, one pair for each worker. All have both ends of each, as has the master:
-    what was given to a worker that has died is for the next one of its number.
+    what was given to a worker that has died, or hangs, others take.
     """
 
     def __init__(self, inboxes: Sequence[tuple[socket.socket, socket.socket]]) -> None:
         self._inboxes = inboxes
         size = array.array("I").itemsize
-        self._connections = memoryview(mmap.mmap(-1, len(inboxes) * size)).cast("I")  # each written by its worker
+        numbers = memoryview(mmap.mmap(-1, 2 * len(inboxes) * size)).cast("I")
+        self._connections, self._told = numbers[: len(inboxes)], numbers[len(inboxes) :]  # each written by its worker
         for number, ends in enumerate(inboxes):
             self.close(number)
             for end in ends:
                 end.setblocking(False)
 
-    def count(self, number: int, connections: int) -> None:
-        """Say how many connections a worker has; one that was closed is open again."""
+    def tell(self, number: int, connections: int) -> None:
+        """Say how many connections a worker has in use; one that was closed is open again."""
+        self._told[number] = _milliseconds()
         self._connections[number] = connections
 
     def close(self, number: int) -> None:
         """Give a worker nothing any more. It takes what it was given after that, since another may just be giving."""
-        self._connections[number] = CLOSED
+        self._connections[number] = _CLOSED
+
+    def takes(self, number: int) -> bool:
+        """Whether a worker is given connections: it is not closed, and does not hang."""
+        silent = (_milliseconds() - self._told[number]) % (_CLOSED + 1)
+        return self._connections[number] != _CLOSED and silent < 1000 * HANG_SECONDS
+
+    def has_left(self, number: int) -> bool:
+        """Whether connections wait for a worker that does not take them."""
+        return not self.takes(number) and self._waiting(number) > 0
 
     def give(self, giver: int, client: socket.socket) -> int | None:
         """Give a connection to the worker with fewest, and return its number; ``None`` if ``giver`` has no more."""
-        loads = {number: load for number in range(len(self._inboxes)) if (load := self._load(number)) < CLOSED}
-        if giver not in loads:
-            return None
-        fewest = min(loads, key=loads.__getitem__)
-        if loads[fewest] == loads[giver]:
+        loads = {
+            number: self._connections[number] + self._waiting(number)
+            for number in range(len(self._inboxes))
+            if self.takes(number)
+        }
+        fewest = min(loads, key=loads.__getitem__, default=giver)
+        if giver not in loads or loads[fewest] == loads[giver]:
             return None
         with contextlib.suppress(OSError):  # it has too many already that it did not take
             socket.send_fds(self._inboxes[fewest][0], [b"."], [client.fileno()])
@@ -77,20 +92,14 @@ class Sharing:
             client.close()
             raise _aborted() from None
 
-    def is_closed(self, number: int) -> bool:
-        """Whether a worker is given nothing."""
-        return self._connections[number] == CLOSED
-
     def inbox(self, number: int) -> Inbox:
         """Return what a worker takes connections from that others give it."""
         return Inbox(self, number, self._inboxes[number][1])
 
-    def _load(self, number: int) -> int:
-        if self.is_closed(number):
-            return CLOSED
-        waiting = array.array("i", [0])
-        fcntl.ioctl(self._inboxes[number][1], termios.FIONREAD, waiting)  # of bytes, one for each connection
-        return self._connections[number] + waiting[0]
+    def _waiting(self, number: int) -> int:
+        size = array.array("i", [0])
+        fcntl.ioctl(self._inboxes[number][1], termios.FIONREAD, size)  # in bytes, one for each connection
+        return size[0]
 
 
 class SharedListener(socket.socket):
@@ -108,7 +117,7 @@ class SharedListener(socket.socket):
         if given_to is None:
             return client, address
         client.close()
-        if self._sharing.is_closed(given_to):  # since then: it may look no more, so nobody leaves one there
+        if not self._sharing.takes(given_to):  # since then: it may look no more, so nobody leaves one there
             return self._sharing.take(given_to)
         raise BlockingIOError(errno.EAGAIN, "another worker has this connection")
 
@@ -119,18 +128,23 @@ class Inbox(socket.socket):
     def __init__(self, sharing: Sharing, number: int, end: socket.socket) -> None:
         super().__init__(fileno=os.dup(end.fileno()))
         self._sharing = sharing
-        self._number = number
+        self.number = number
         self._address: Any = ""
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Return the next connection, and the client's address; raises as ``Sharing.take`` does."""
-        client, address = self._sharing.take(self._number)
+        client, address = self._sharing.take(self.number)
         self._address = client.getsockname()
         return client, address
 
     def getsockname(self) -> Any:
         """Return the address that the last connection was made to."""
         return self._address
+
+
+def _milliseconds() -> int:
+    """Return the time by a clock that all processes of the machine share; it begins anew after 49 days."""
+    return int(time.monotonic() * 1000) % (_CLOSED + 1)
 
 
 def _aborted() -> ConnectionAbortedError:

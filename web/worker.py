@@ -7,17 +7,21 @@ a client that sends nothing; and wakes two threads for each request of a client 
 from __future__ import annotations
 
 import functools
+import itertools
 import select
 import selectors
 import socket
 import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
 from web.listeners import stop_listening
-from web.sharing import SharedListener, Sharing
+from web.sharing import Inbox, SharedListener, Sharing
 
+IDLE_SECONDS = 1.0  # after which a connection without a request does not count when those of workers are compared
 STAY_SECONDS = 0.02  # that a thread waits for the next request of a client before others wait for it
 SILENT_AT_STOP = 5.0  # seconds that a client which has sent nothing yet has when the server stops
 
@@ -26,29 +30,51 @@ class Worker(ThreadWorker):
     """A worker of one listener."""
 
     sockets: list[Any]
+    nr_conns: int
+    keepalived_conns: deque[Any]
+    pending_conns: deque[Any]
     number = 0  # from 0, no other worker's of the same gunicorn
     _sharing: Sharing | None = None
-    _connections = 0
+    _others: Sequence[Inbox] = ()  # what the other workers take connections from
 
-    @property
-    def nr_conns(self) -> int:
-        """How many connections this worker has; gunicorn counts them, and the other workers see it."""
-        return self._connections
-
-    @nr_conns.setter
-    def nr_conns(self, connections: int) -> None:
-        self._connections = connections
-        if self._sharing is not None and self.alive:
-            self._sharing.count(self.number, connections)
-
-    def share(self, sharing: Sharing) -> None:
-        """Share connections with the other workers from now on."""
+    def share(self, sharing: Sharing, workers: int) -> None:
+        """Share connections with the other ``workers`` from now on."""
         own: list[socket.socket] = [SharedListener(sharing, self.number, listener) for listener in self.sockets]
         for listener in self.sockets:
             listener.close()
         self.sockets = [*own, sharing.inbox(self.number)]
+        self._others = [sharing.inbox(number) for number in range(workers) if number != self.number]
         self._sharing = sharing
-        sharing.count(self.number, self._connections)
+        self._tell()
+
+    def notify(self) -> None:
+        """Say that this worker lives, as once a second at least, and take what others leave that do not."""
+        super().notify()
+        self._tell()
+        for other in self._others:
+            if self._sharing is not None and self._sharing.has_left(other.number):
+                self.accept(other)
+
+    def accept(self, listener: socket.socket) -> None:
+        """Accept a connection of a listener, or one that another worker gives."""
+        super().accept(listener)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._sharing is not None and self.alive:
+            self._sharing.tell(self.number, self._busy() + self._recent(self.keepalived_conns, self.pending_conns))
+
+    def _busy(self) -> int:
+        """Return how many connections have a thread, or wait for one."""
+        return max(0, self.nr_conns - len(self.keepalived_conns) - len(self.pending_conns))
+
+    def _recent(self, *idle: deque[Any]) -> int:
+        """Return on how many idle connections the client has sent something lately, or has just come.
+
+        Only these count, or whoever keeps many open at one worker could send all others to another one.
+        """
+        since = time.monotonic() + self.cfg.keepalive - IDLE_SECONDS
+        return sum(1 for each in idle for _ in itertools.takewhile(lambda conn: conn.timeout >= since, reversed(each)))
 
     def set_accept_enabled(self, enabled: bool) -> None:
         """Also take what waits before it listens no more."""
@@ -72,24 +98,33 @@ class Worker(ThreadWorker):
     def handle(self, conn: Any) -> Any:
         """Answer a request, and those that follow at once: this thread waits for the next one for a moment.
 
-        The client would else be handed to the thread that waits for all connections, and to another one of these.
+        The client would else be handed to the thread that waits for all connections, and to another one of these. That
+        is what becomes of a client, too, whose handshake is done and who sends no request, as browsers do.
         """
+        if not conn.initialized:
+            try:
+                conn.sock.setblocking(True)
+                conn.init()
+            except OSError:  # of its handshake
+                return False
+            if not conn.is_http2 and not self._arrives(conn, STAY_SECONDS if self._may_stay() else 0.0):
+                return True
         goes_on = super().handle(conn)
-        while goes_on is True and self._may_stay() and self._follows_at_once(conn):
+        while goes_on is True and self._may_stay() and self._arrives(conn, STAY_SECONDS):
             goes_on = super().handle(conn)
         return goes_on
 
     def _may_stay(self) -> bool:
         """Whether half of the threads are free for others; one that has a request or waits for one is not."""
-        busy = self.nr_conns - len(self.keepalived_conns) - len(self.pending_conns)
-        return bool(self.alive and busy <= self.cfg.threads // 2)
+        return bool(self.alive and self._busy() <= self.cfg.threads // 2)
 
-    def _follows_at_once(self, conn: Any) -> bool:
-        if conn.parser.unreader.buf.getvalue():  # it is here already: gunicorn goes on with it
+    def _arrives(self, conn: Any, seconds: float) -> bool:
+        """Whether a request begins to arrive in this time; not if it is here already, with which gunicorn goes on."""
+        if conn.parser.unreader.buf.getvalue():
             return False
         arrival = select.poll()
         arrival.register(conn.sock, select.POLLIN)
-        return bool(arrival.poll(STAY_SECONDS * 1000))
+        return bool(arrival.poll(seconds * 1000))
 
     def finish_request(self, conn: Any, fs: Any) -> None:
         """Count a connection once that has ended, also if it could not be closed, as after a failed handshake.

@@ -16,6 +16,7 @@ from typing import Any
 from config import Settings
 from core.errors import PortalError, StartupError
 from core.setting_values import Address
+from web import worker
 from web.serving import Listener, serve
 
 BIG = 20 * 1024 * 1024
@@ -123,6 +124,7 @@ def main(options: dict[str, Any]) -> int:
     broken = options.pop("broken", None)
     for name in ("bind", "pki_bind"):
         options[name] = Address(*options[name])
+    worker.IDLE_SECONDS = options.pop("idle_seconds", worker.IDLE_SECONDS)
     settings = Settings.from_env({}).model_copy(update=options)
 
     def make_app(listener: Listener) -> Callable[..., Iterable[bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.serving_process import CHUNKED, PATIENCE, Server, facts, is_closed, request, response, running
+from web.listeners import QUICK
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,33 @@ def test_clients_that_send_nothing_hold_up_nobody(server: Server, listener: str)
         client = stack.enter_context(server.tls() if listener == "port" else server.tcp(port))
         client.sendall(request("/meanwhile"))
         assert facts(client)["path"] == "/meanwhile"
+
+
+def test_clients_whose_handshake_is_done_may_send_their_requests_later(server: Server) -> None:
+    """However many there are at one address: none has a thread wait for it, of which there are two."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.tls()) for _ in range(20)]
+        clients[-1].settimeout(2 * QUICK)
+        with pytest.raises(TimeoutError):
+            clients[-1].recv(1)
+        clients[-1].settimeout(PATIENCE)
+        for number, client in enumerate(clients):
+            client.sendall(request(f"/{number}"))
+            assert facts(client)["path"] == f"/{number}"
+
+
+@pytest.mark.parametrize("listener", ["port", "pki_port"])
+def test_clients_that_are_gone_at_once_end_no_worker(listener: str) -> None:
+    """gunicorn counts some of them off twice, as one that was closed already could not be closed."""
+    with running(workers=2) as server:
+        for first in (b"", b"\x16\x03\x01", request()):
+            for _ in range(20):
+                with server.tcp(getattr(server, listener)) as client:
+                    client.sendall(first)
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # with a reset
+        server.get()
+        server.process.terminate()
+        assert "exited with code" not in server.process.communicate(timeout=PATIENCE)[1]
 
 
 def test_eight_clients_at_once_are_all_served(server: Server) -> None:

@@ -115,7 +115,7 @@ def is_shared_evenly(connect: Callable[[], int]) -> bool:
 
 @pytest.mark.parametrize("listener", ["port", "pki_port"])
 def test_each_worker_gets_as_many_connections_as_the_other_whatever_the_kernel_chooses(listener: str) -> None:
-    with running(workers=2, threads=THREADS) as server, contextlib.ExitStack() as stack:
+    with running(workers=2, threads=THREADS, idle_seconds=60.0) as server, contextlib.ExitStack() as stack:
         port = getattr(server, listener)
 
         def connect() -> int:
@@ -128,7 +128,7 @@ def test_each_worker_gets_as_many_connections_as_the_other_whatever_the_kernel_c
 def test_each_worker_gets_as_many_connections_of_a_front_server_as_the_other() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = f"{folder}/socket"
-        stack.enter_context(running(workers=2, threads=THREADS, bind=[path, 0]))
+        stack.enter_context(running(workers=2, threads=THREADS, bind=[path, 0], idle_seconds=60.0))
 
         def connect() -> int:
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -137,6 +137,45 @@ def test_each_worker_gets_as_many_connections_of_a_front_server_as_the_other() -
             return int(facts(client)["process"])
 
         assert is_shared_evenly(connect)
+
+
+def test_whoever_keeps_connections_at_one_worker_does_not_send_all_others_to_the_other() -> None:
+    with running(workers=2, threads=THREADS, idle_seconds=0.0) as server, contextlib.ExitStack() as stack:
+
+        def worker_of(client: socket.socket) -> int:
+            client.sendall(request())
+            return int(facts(client)["process"])
+
+        kept: dict[int, list[socket.socket]] = {}
+        while len(kept) < 2:
+            for client in opened(server, server.pki_port, stack):
+                kept.setdefault(worker_of(client), []).append(client)
+        for client in kept.popitem()[1]:
+            client.close()
+        answered = []
+        for _ in range(2 * CONNECTIONS):
+            with server.tcp(server.pki_port) as client:
+                answered.append(worker_of(client))
+        assert len({*answered[CONNECTIONS:]}) == 2  # at first it may not have seen that those are closed
+
+
+def test_connections_that_were_given_to_a_worker_that_hangs_are_answered_by_the_other() -> None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        path = f"{folder}/socket"
+        stack.enter_context(running(workers=2, threads=THREADS, bind=[path, 0], idle_seconds=60.0))
+
+        def connect() -> socket.socket:
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(path)
+            client.sendall(request())
+            return client
+
+        seen: Counter[int] = Counter()
+        while len(seen) < 2:  # both have begun to serve
+            seen[facts(connect())["process"]] += 1
+        with stopped([seen.most_common()[-1][0]]):  # the one with fewer, which is given the next ones
+            clients = [connect() for _ in range(seen.total())]
+            assert len({facts(client)["process"] for client in clients}) == 1
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])

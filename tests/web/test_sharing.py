@@ -6,11 +6,12 @@ import contextlib
 import itertools
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from web.sharing import Inbox, SharedListener, Sharing
+from web.sharing import HANG_SECONDS, Inbox, SharedListener, Sharing
 
 GIVER, OTHER, THIRD = range(3)
 
@@ -66,7 +67,7 @@ def test_a_worker_keeps_a_connection_if_none_has_fewer(
     sharing: Sharing, listener: SharedListener, client: socket.socket, own: int, other: int, third: int
 ) -> None:
     for number, connections in enumerate((own, other, third)):
-        sharing.count(number, connections)
+        sharing.tell(number, connections)
     assert accepted(listener, client)
 
 
@@ -75,7 +76,7 @@ def test_a_connection_goes_to_the_worker_that_has_fewest(
     sharing: Sharing, listener: SharedListener, inbox: Inbox, client: socket.socket, own: int, other: int, third: int
 ) -> None:
     for number, connections in enumerate((own, other, third)):
-        sharing.count(number, connections)
+        sharing.tell(number, connections)
     assert not accepted(listener, client)
     assert accepted(inbox, client)
 
@@ -83,8 +84,8 @@ def test_a_connection_goes_to_the_worker_that_has_fewest(
 def test_connections_that_a_worker_has_not_taken_yet_are_its(
     sharing: Sharing, listener: SharedListener, inbox: Inbox, port: socket.socket
 ) -> None:
-    sharing.count(GIVER, 1)
-    sharing.count(OTHER, 0)
+    sharing.tell(GIVER, 1)
+    sharing.tell(OTHER, 0)
     with contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(socket.create_connection(port.getsockname())) for _ in range(2))
         assert not accepted(listener, first)
@@ -95,12 +96,12 @@ def test_connections_that_a_worker_has_not_taken_yet_are_its(
 def test_a_worker_that_is_closed_is_given_nothing_until_it_says_how_many_it_has(
     sharing: Sharing, listener: SharedListener, inbox: Inbox, port: socket.socket
 ) -> None:
-    sharing.count(GIVER, 5)
-    sharing.count(OTHER, 0)
+    sharing.tell(GIVER, 5)
+    sharing.tell(OTHER, 0)
     sharing.close(OTHER)
     with socket.create_connection(port.getsockname()) as client:
         assert accepted(listener, client)
-    sharing.count(OTHER, 0)
+    sharing.tell(OTHER, 0)
     with socket.create_connection(port.getsockname()) as client:
         assert not accepted(listener, client)
         assert accepted(inbox, client)
@@ -109,8 +110,42 @@ def test_a_worker_that_is_closed_is_given_nothing_until_it_says_how_many_it_has(
 def test_a_worker_that_is_closed_itself_keeps_what_it_accepts(
     sharing: Sharing, listener: SharedListener, client: socket.socket
 ) -> None:
-    sharing.count(OTHER, 0)
+    sharing.tell(OTHER, 0)
     assert accepted(listener, client)
+
+
+def test_a_worker_that_hangs_is_given_nothing(
+    monkeypatch: pytest.MonkeyPatch, sharing: Sharing, listener: SharedListener, port: socket.socket
+) -> None:
+    sharing.tell(OTHER, 0)
+    now = time.monotonic() + HANG_SECONDS
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    sharing.tell(GIVER, 5)
+    with socket.create_connection(port.getsockname()) as client:
+        assert accepted(listener, client)
+    sharing.tell(OTHER, 0)
+    with socket.create_connection(port.getsockname()) as client:
+        assert not accepted(listener, client)
+
+
+@pytest.mark.parametrize("ends", ["closed", "hangs"])
+def test_what_waits_for_a_worker_that_does_not_take_it_is_left_to_the_others(
+    monkeypatch: pytest.MonkeyPatch, sharing: Sharing, listener: SharedListener, client: socket.socket, ends: str
+) -> None:
+    sharing.tell(GIVER, 1)
+    sharing.tell(OTHER, 0)
+    assert not sharing.has_left(OTHER)
+    assert not accepted(listener, client)
+    assert not sharing.has_left(OTHER)  # it will take it
+    if ends == "closed":
+        sharing.close(OTHER)
+    else:
+        now = time.monotonic() + HANG_SECONDS
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert sharing.has_left(OTHER)
+    with sharing.inbox(OTHER) as inbox:  # each worker has all of them
+        assert accepted(inbox, client)
+    assert not sharing.has_left(OTHER)
 
 
 def test_a_connection_is_taken_back_from_a_worker_that_closed_just_before_it_came(
@@ -124,15 +159,15 @@ def test_a_connection_is_taken_back_from_a_worker_that_closed_just_before_it_cam
         return given_to
 
     monkeypatch.setattr(sharing, "give", late)
-    sharing.count(GIVER, 1)
-    sharing.count(OTHER, 0)
+    sharing.tell(GIVER, 1)
+    sharing.tell(OTHER, 0)
     assert accepted(listener, client)
     assert not accepted(inbox, client)
 
 
 def test_a_worker_keeps_what_another_one_has_no_room_for(sharing: Sharing, client: socket.socket) -> None:
-    sharing.count(GIVER, 100_000)
-    sharing.count(OTHER, 0)
+    sharing.tell(GIVER, 100_000)
+    sharing.tell(OTHER, 0)
     given = 0
     while sharing.give(GIVER, client) == OTHER:
         given += 1
@@ -146,8 +181,8 @@ def test_a_worker_keeps_what_another_one_has_no_room_for(sharing: Sharing, clien
 def test_a_client_that_is_gone_when_its_connection_is_taken_harms_nobody(
     sharing: Sharing, listener: SharedListener, inbox: Inbox, client: socket.socket
 ) -> None:
-    sharing.count(GIVER, 1)
-    sharing.count(OTHER, 0)
+    sharing.tell(GIVER, 1)
+    sharing.tell(OTHER, 0)
     assert not accepted(listener, client)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it closes with a reset
     client.close()
@@ -158,8 +193,8 @@ def test_a_client_that_is_gone_when_its_connection_is_taken_harms_nobody(
 def test_programs_that_a_worker_starts_do_not_inherit_what_it_was_given(
     sharing: Sharing, listener: SharedListener, inbox: Inbox, client: socket.socket
 ) -> None:
-    sharing.count(GIVER, 1)
-    sharing.count(OTHER, 0)
+    sharing.tell(GIVER, 1)
+    sharing.tell(OTHER, 0)
     assert not accepted(listener, client)
     with inbox.accept()[0] as connection:
         assert not connection.get_inheritable()
