@@ -26,6 +26,7 @@ from store import brokers, generations, issuers, nodes
 from store import issuers as store_issuers
 from store.counts import counts_of
 from store.database import Database
+from store.generations import BrokerStateRecord
 from store.scope import ALL_TENANTS
 from store.tables import DEFAULT_TENANT
 from workflows.authority.issuers import Authority
@@ -59,6 +60,7 @@ class Readiness:
     _authority: Authority
     _reconciler: Reconciler
     _clock: Callable[[], datetime]
+    _started: datetime  # by this clock
 
     def checks(self) -> list[Check]:
         """Return all checks; one that fails prevents no other."""
@@ -158,12 +160,24 @@ class Readiness:
             )
             return f"{self._reconciler.silence.rstrip('.')}; {advice}."
         state = self._reconciler.own_state()
-        if state.applied_generation < state.generation:
+        if state.applied_generation < state.generation and not self._is_being_enforced(state):
             return (
                 f"The broker enforces generation {state.applied_generation}, the newest is {state.generation};"
                 " the portal keeps trying."
             )
         return self._reconciler.probe_problem()
+
+    def _is_being_enforced(self, state: BrokerStateRecord) -> bool:
+        """Whether the broker is only as far behind as it always is while there are changes all the time.
+
+        It has been since this process started, and either the newest change or the last proof is not older than what a
+        client waits for one.
+        """
+        if state.applied_at is None or state.applied_at < self._started:
+            return False
+        now, most = self._clock(), timedelta(seconds=self._settings.enforce_timeout)
+        times = [since for since in (state.applied_at, state.pending_since) if since is not None]
+        return any(timedelta(0) <= now - since < most for since in times)
 
 
 def _problem_of(question: Callable[[], str | None]) -> str | None:

@@ -385,7 +385,7 @@ def _build(base: _Foundation, served: ServedTenants, presence: ExitStack) -> Por
         dispatcher=Dispatcher(database, tenant_terms, base.sender, shared.rates, clock),
         mail=Mail(settings, database, reconciler.is_broker_well, clock, first_tenant),
         responder=_responder(base),
-        readiness=Readiness(settings, database, authority, reconciler, clock),
+        readiness=Readiness(settings, database, authority, reconciler, clock, clock()),
         tenant_readiness=(tenant_readiness := TenantReadiness(database, authority, clock)),
         monitoring=Monitoring(settings, database, reconciler, clock, contacts, tenant_readiness),
         contacts=contacts,

@@ -13,12 +13,12 @@ from store.scope import ALL_TENANTS
 from workflows.prompt import Outcome
 
 
-def enforce_all(tx: Connection, name: str | None = None) -> None:
-    """Record that every broker, or the one of a name, was seen to enforce the newest generation."""
+def enforce_all(tx: Connection, name: str | None = None, *, at: datetime | None = None) -> None:
+    """Record that every broker, or the one of a name, was seen to enforce the newest generation, now or ``at``."""
     newest = generations.get_broker_state(tx).generation
     for record in brokers.list_brokers(tx):
         if name in (None, record.name):
-            brokers.set_applied_generation(tx, record.id, newest, applied_at=datetime.now(UTC))
+            brokers.set_applied_generation(tx, record.id, newest, applied_at=at or datetime.now(UTC))
 
 
 def obeys(portal: Portal, monkeypatch: pytest.MonkeyPatch) -> list[int]:

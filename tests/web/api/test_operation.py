@@ -15,6 +15,7 @@ from flask import Flask
 from app import ROUTES, portal_of
 from core.errors import DatabaseUnavailable
 from core.roles import Role
+from db import next_generation
 from operations.monitoring import Readiness
 from store.database import Database
 from tests.support.brokers import enforce_all
@@ -70,6 +71,34 @@ def test_readyz_is_ready_if_all_checks_pass(auditor: Api, app: Flask, monkeypatc
     with portal.database.transaction() as tx:
         enforce_all(tx)
     assert problems_of(auditor) == {}
+
+
+def test_readyz_is_ready_while_changes_are_enforced_one_after_the_other(
+    auditor: Api, app: Flask, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portal = portal_of(app)
+    seconds = portal.settings.enforce_timeout
+
+    def change() -> None:
+        with portal.database.transaction() as tx:
+            next_generation(tx, at=clock())
+
+    monkeypatch.setattr(Reconciler, "broker_answers", lambda _: True)
+    assert "keeps trying" in problems_of(auditor)["broker"], "nothing was enforced since the start"
+    with portal.database.transaction() as tx:
+        enforce_all(tx, at=clock())
+    change()
+    assert "broker" not in problems_of(auditor)
+    clock.advance(seconds=seconds)
+    assert "keeps trying" in problems_of(auditor)["broker"]
+    with portal.database.transaction() as tx:
+        enforce_all(tx, at=clock())
+    assert "broker" not in problems_of(auditor)
+    clock.advance(hours=1)
+    change()
+    assert "broker" not in problems_of(auditor), "nobody has waited for it for long"
+    clock.advance(hours=-1)
+    assert "keeps trying" in problems_of(auditor)["broker"], "of a time to come nobody knows how long it is"
 
 
 def test_readyz_names_a_damaged_file_of_the_broker(auditor: Api, app: Flask) -> None:
