@@ -105,10 +105,42 @@ find_python() {
     return 1
 }
 
+# The part of Ctrl-C that one_step leaves to be done: end the step with all that it has started, and remove its files.
+break_off() {
+    trap '' INT TERM HUP
+    { [ -z "$step" ] || { kill -KILL "$step" "-$step" || true; wait "$step" || true; }; } 2>/dev/null
+    rm -rf "$temporary"
+    say ""
+    say "Interrupted while setting up. The next start goes on from here."
+    exit "$1"
+}
+
+# one_step COMMAND...: run a step of the set-up that takes long, with a TMPDIR of its own. It has a session of its own, so
+# that Ctrl-C reaches the script alone: else each of its processes would say in its own way that it was interrupted.
+one_step() {
+    local step='' temporary status=0
+    temporary=$(mktemp -d)
+    trap 'break_off 130' INT
+    trap 'break_off 143' TERM HUP
+    TMPDIR=$temporary setsid "$@" </dev/null &
+    step=$!
+    wait "$step" || status=$?
+    trap - INT TERM HUP
+    rm -rf "$temporary"
+    return "$status"
+}
+
+# Whether the environment can be used. One without pip, in which nothing else is either, was broken off while it was made.
+venv_is_usable() {
+    "$VENV/bin/python" -c '' 2>/dev/null || return 1
+    [ -e "$VENV/bin/pip" ] ||
+        [ -n "$(find "$VENV" -name '*.dist-info' ! -name 'pip-*' ! -name 'setuptools-*' -print -quit)" ]
+}
+
 # make_venv FILE: a virtual environment that holds what this requirements file lists.
 make_venv() {
     local python stamp wanted
-    if ! "$VENV/bin/python" -c '' 2>/dev/null; then
+    if ! venv_is_usable; then
         if ! python=$(find_python ensurepip venv); then
             find_python >/dev/null || install_package python3 || true
             find_python >/dev/null || fail "Python 3.11 or newer is needed. Install it with: apt-get install python3"
@@ -116,18 +148,19 @@ make_venv() {
             python=$(find_python ensurepip venv) ||
                 fail "Python's venv module is needed. Install it with: apt-get install python3-venv"
         fi
-        # A broken one is made again, but nothing else is ever removed.
-        if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+        # A broken one is made again, but nothing else is ever removed. Python makes empty folders first.
+        if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] &&
+            [ -n "$(find "$VENV" ! -type d ! -name lib64 -print -quit)" ]; then
             fail "$VENV is no virtual environment; set PORTAL_VENV to another folder."
         fi
         say "Making a virtual environment in $VENV."
-        "$python" -m venv --clear "$VENV" || fail "The virtual environment could not be made; Python says why above."
+        one_step "$python" -m venv --clear "$VENV" || fail "The virtual environment could not be made; Python says why above."
     fi
     stamp=$VENV/.installed-$(basename "$1")
     wanted=$(cat "$ROOT/requirements.txt" "$ROOT/$1" | sha256sum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         say "Installing the Python packages of $1."
-        "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-input -r "$ROOT/$1" ||
+        one_step "$VENV/bin/pip" install --quiet --disable-pip-version-check --no-input -r "$ROOT/$1" ||
             fail "The Python packages could not be installed; pip says why above."
         printf '%s\n' "$wanted" >"$stamp"
     fi

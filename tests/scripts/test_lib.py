@@ -1,4 +1,5 @@
-"""What the scripts share: which Python they make the virtual environment with, and how they install packages."""
+"""What the scripts share: which Python they make the virtual environment with, how they install packages, and what
+Ctrl-C leaves."""
 
 from __future__ import annotations
 
@@ -126,3 +127,68 @@ def test_what_a_killed_installation_has_left_goes_with_the_next_one(tmp_path: Pa
     process.communicate(timeout=30)
     assert (tmp_path / "said").read_text() == "101\n"
     assert not policy.exists()
+
+
+# --- The virtual environment
+
+MAKES_A_VENV = """#!/bin/sh
+[ "$1" = -m ] || exit 0
+venv=$4
+rm -rf "$venv"
+mkdir -p "$venv/bin"
+: >"$venv/pyvenv.cfg"
+ln -s /bin/true "$venv/bin/python"
+touch "$TMPDIR/left"
+{at_venv}
+printf '#!/bin/sh\\ntouch "$TMPDIR/left"\\n{at_pip}\\n' >"$venv/bin/pip"
+chmod 755 "$venv/bin/pip"
+"""
+
+
+def setting_up(folder: Path, *, at_venv: str = "", at_pip: str = "") -> subprocess.Popen[str]:
+    """Make a virtual environment by a program in place of Python, which stops at a step to be interrupted."""
+    program = folder / "python"
+    program.write_text(MAKES_A_VENV.format(at_venv=at_venv, at_pip=at_pip))
+    program.chmod(0o755)
+    (folder / "tmp").mkdir(exist_ok=True)
+    return subprocess.Popen(
+        ["/bin/bash", "-euc", f". {ROOT}/scripts/lib.sh; DISTRIBUTION_PYTHON={program}; make_venv requirements.txt"],
+        env=os.environ | {"PORTAL_VENV": str(folder / "venv"), "TMPDIR": str(folder / "tmp")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("step", ["at_venv", "at_pip"])
+def test_a_set_up_that_was_interrupted_says_so_in_a_sentence_and_the_next_one_goes_on(
+    tmp_path: Path, step: str
+) -> None:
+    os.mkfifo(tmp_path / "begun")
+    process = setting_up(tmp_path, **{step: f"echo begun >{tmp_path}/begun; exec sleep 60"})
+    assert (tmp_path / "begun").read_text() == "begun\n"
+    os.killpg(process.pid, signal.SIGINT)
+    printed, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+    assert printed.endswith("\n\nInterrupted while setting up. The next start goes on from here.\n")
+    assert [*(tmp_path / "tmp").iterdir()] == []
+    if step == "at_pip":
+        (tmp_path / "venv" / "bin" / "pip").write_text("#!/bin/sh\n")
+
+    _, errors = (process := setting_up(tmp_path)).communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    assert (tmp_path / "venv" / ".installed-requirements.txt").exists()
+
+
+def test_an_environment_without_pip_that_holds_something_is_not_made_again(tmp_path: Path) -> None:
+    kept = tmp_path / "venv" / "lib" / "mine-1.0.dist-info"
+    kept.mkdir(parents=True)
+    (tmp_path / "venv" / "bin").mkdir()
+    (tmp_path / "venv" / "bin" / "python").symlink_to("/bin/true")
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
+    process = setting_up(tmp_path)
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert kept.exists()

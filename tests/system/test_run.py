@@ -101,6 +101,21 @@ def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
         assert processes_with(str(data)) == []
 
 
+def test_a_start_that_is_interrupted_does_not_speak_as_if_a_portal_had_been_stopped(folder: Path) -> None:
+    programs = folder / "venv" / "bin"
+    programs.mkdir(parents=True)
+    os.mkfifo(folder / "begun")
+    (programs / "python").write_text(f'#!/bin/sh\n[ "$1" = -c ] || {{ echo begun >{folder}/begun; exec sleep 60; }}\n')
+    (programs / "pip").symlink_to("/bin/true")
+    (programs / "python").chmod(0o755)
+    with Run(folder / "data", {"PORTAL_VENV": str(folder / "venv"), "PORTAL_BROKER_CONTROL": "files"}) as run:
+        assert (folder / "begun").read_text() == "begun\n"
+        assert run.press_ctrl_c() == 130
+    assert run.printed.endswith("\n\nInterrupted before the portal was started.\n")
+    assert "Stopped." not in run.printed
+    assert processes_with(str(folder / "data")) == []
+
+
 @pytest.mark.parametrize("variable", ["PORTAL_BIND", "PORTAL_MQTT_PORT"])
 def test_a_port_in_use_is_said_in_one_sentence(folder: Path, variable: str) -> None:
     run = Run(folder / "data")
