@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,33 @@ STOPPED = "# The portal is stopped.\n"
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in LISTED if blocks(page, "bash")])
+def test_portal_is_called_where_a_page_begins_so_that_it_can_be_one_of_the_sources(page: str) -> None:
+    for block in blocks(page, "bash"):
+        depth = 0
+        for line in block.splitlines():
+            if line.startswith("cd "):
+                depth += -1 if line == "cd .." else 1
+            assert depth == 0 or not re.search(r"(^|[|(;&] *)portal", line), line
+
+
+def test_git_does_not_offer_the_private_keys_that_a_reader_makes_in_the_folder_of_the_sources(tmp_path: Path) -> None:
+    text = "\n".join([*PAGES.values(), (ROOT / "README.md").read_text()])
+    made = re.findall(r"(?:--out|--password-out|-keyout) ([\w.-]+)|> (\w+\.token)\b", text)
+    names = sorted({name or token for name, token in made} - {"device.key"})  # which is made in one of these folders
+    assert {"pump-1", "sensor-2.key", "sensor-3.txt", "fleet", "admin.token"} <= {*names}
+    for name in names:
+        if "." not in name:
+            (tmp_path / name).mkdir()
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    asked = ["git", "check-ignore", "--stdin"]
+    done = subprocess.run(
+        asked, cwd=tmp_path, input="\n".join(names), capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    assert done.stdout.split() == names
 
 
 @pytest.fixture(scope="module")
