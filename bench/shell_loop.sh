@@ -1,8 +1,21 @@
 #!/bin/bash
-# Onboards devices as people do by hand, for some seconds, as a racer of harness.race:
+# Onboards devices as people do by hand, for some seconds; bench/compare starts it, as a racer of harness.race:
+#
+#   bench/shell_loop.sh SECONDS FOLDER
+#
 # a key with its request (openssl req), a certificate (openssl ca, with its index and its serial numbers), an ACL entry,
 # an encrypted archive (7z). Nothing is synced to the disk, checked, logged or delivered.
 set -euo pipefail
+case ${1:-} in
+    -h | --help)
+        sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+esac
+if [ $# != 2 ]; then
+    echo "It takes SECONDS and FOLDER; with --help it says what it does." >&2
+    exit 1
+fi
 seconds=$1
 folder=$2 # a CA of its own for each worker: the index of openssl ca cannot be shared by two processes
 mkdir -p "$folder/certs" && cd "$folder"

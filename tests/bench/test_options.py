@@ -37,6 +37,14 @@ def test_a_python_without_the_packages_says_in_one_sentence_what_to_run(name: st
     )
 
 
+@pytest.mark.parametrize(("given", "status"), [(["--help"], 0), ([], 1), (["5"], 1)])
+def test_the_shell_loop_says_how_it_is_called(given: list[str], status: int, tmp_path: Path) -> None:
+    done = started([str(BENCH / "shell_loop.sh"), *given], tmp_path)
+    assert done.returncode == status
+    assert ("  bench/shell_loop.sh SECONDS FOLDER\n" in done.stdout) == (status == 0)
+    assert done.stderr == ("It takes SECONDS and FOLDER; with --help it says what it does.\n" if status else "")
+
+
 def test_it_goes_on_with_the_python_of_the_virtual_environment_if_there_is_one(tmp_path: Path) -> None:
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
