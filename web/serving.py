@@ -176,9 +176,10 @@ class _Start:
             sys.exit(Arbiter.WORKER_BOOT_ERROR)  # at which gunicorn ends the server
         if state == self.READY:
             # It did start before: what keeps it from starting now (a full disk, a database that is away) may pass.
-            if own is not None:
-                with contextlib.suppress(OSError):  # where the worker before did so
-                    own.shutdown(socket.SHUT_RD)  # It listens no longer: the others get all connections.
+            if own is not None and own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                # It listens no longer: the others get all connections. Once only: one that does not listen would be
+                # closed for reading, and so would all connections once it listens again.
+                own.shutdown(socket.SHUT_RD)
             log.error("A worker could not start and is tried again: %s", sentence)
         time.sleep(START_AGAIN)
         sys.exit(1)

@@ -11,6 +11,7 @@ import itertools
 import select
 import selectors
 import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class Worker(ThreadWorker):
     def notify(self) -> None:
         """Say that this worker lives, as once a second at least, and take what others leave that do not."""
         super().notify()
+        self._make_room()
         self._tell()
         for other in self._others:
             if self._sharing is not None and self._sharing.has_left(other.number):
@@ -60,9 +62,24 @@ class Worker(ThreadWorker):
         super().accept(listener)
         self._tell()
 
+    def _make_room(self) -> None:
+        """Where no connection can be accepted any more, close the one that was idle longest, unless that is not long.
+
+        Else whoever opens as many as there may be keeps all others out.
+        """
+        idle = [each for each in (self.keepalived_conns, self.pending_conns) if each]
+        if self.alive and idle and self.nr_conns >= self.worker_connections:
+            oldest = min((each[0] for each in idle), key=lambda conn: conn.timeout)
+            if oldest.timeout < self._idle_since():
+                oldest.timeout = 0.0
+                self.murder_keepalived()
+                self.murder_pending()
+
     def _tell(self) -> None:
         if self._sharing is not None and self.alive:
-            self._sharing.tell(self.number, self._busy() + self._recent(self.keepalived_conns, self.pending_conns))
+            in_use = self._busy() + self._recent(self.keepalived_conns, self.pending_conns)
+            is_full = self.nr_conns >= self.worker_connections
+            self._sharing.tell(self.number, self.nr_conns if is_full else in_use)
 
     def _busy(self) -> int:
         """Return how many connections have a thread, or wait for one."""
@@ -73,8 +90,12 @@ class Worker(ThreadWorker):
 
         Only these count, or whoever keeps many open at one worker could send all others to another one.
         """
-        since = time.monotonic() + self.cfg.keepalive - IDLE_SECONDS
+        since = self._idle_since()
         return sum(1 for each in idle for _ in itertools.takewhile(lambda conn: conn.timeout >= since, reversed(each)))
+
+    def _idle_since(self) -> float:
+        """Return until when gunicorn keeps a connection that begins to count as idle now."""
+        return time.monotonic() + float(self.cfg.keepalive) - IDLE_SECONDS
 
     def set_accept_enabled(self, enabled: bool) -> None:
         """Also take what waits before it listens no more."""
@@ -110,7 +131,7 @@ class Worker(ThreadWorker):
             if not conn.is_http2 and not self._arrives(conn, STAY_SECONDS if self._may_stay() else 0.0):
                 return True
         goes_on = super().handle(conn)
-        while goes_on is True and self._may_stay() and self._arrives(conn, STAY_SECONDS):
+        while goes_on is True and (_is_decrypted(conn) or (self._may_stay() and self._arrives(conn, STAY_SECONDS))):
             goes_on = super().handle(conn)
         return goes_on
 
@@ -134,3 +155,8 @@ class Worker(ThreadWorker):
         before = self.nr_conns
         super().finish_request(conn, fs)
         self.nr_conns = max(self.nr_conns, before - 1)
+
+
+def _is_decrypted(conn: Any) -> bool:
+    """Whether the next request came in one TLS record with the last one, so that nothing arrives at the socket."""
+    return isinstance(conn.sock, ssl.SSLSocket) and conn.sock.pending() > 0

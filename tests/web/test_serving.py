@@ -122,6 +122,19 @@ def test_an_answer_that_is_shorter_than_said_is_sent_nevertheless(server: Server
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
+def test_a_request_is_answered_that_came_in_one_record_with_one_at_whose_end_gunicorn_stops_to_read(
+    server: Server,
+) -> None:
+    head = request("/1", "Content-Length: 8000", method="POST")
+    fill = 8192 - 8000 - len(head) - len("Filler: \r\n")  # bytes that it reads at once
+    with server.tls() as client:
+        client.sendall(
+            request("/1", "Content-Length: 8000", f"Filler: {'x' * fill}", method="POST", body=b"x" * 8000)
+            + request("/2")
+        )
+        assert [facts(client)["path"], facts(client)["path"]] == ["/1", "/2"]
+
+
 def test_an_error_of_the_application_tells_the_client_nothing(server: Server) -> None:
     with server.tls() as client:
         client.sendall(request("/fail"))

@@ -106,6 +106,14 @@ def test_clients_that_send_nothing_hold_up_nobody(server: Server, listener: str)
         assert facts(client)["path"] == "/meanwhile"
 
 
+@pytest.mark.parametrize("shake_hands", [False, True], ids=["silent", "handshake done"])
+def test_whoever_opens_as_many_connections_as_there_may_be_keeps_nobody_out(shake_hands: bool) -> None:
+    with running(max_connections=6) as server, contextlib.ExitStack() as stack:
+        for _ in range(12):
+            stack.enter_context(server.tls() if shake_hands else server.tcp())
+        assert server.get("/meanwhile")["path"] == "/meanwhile"
+
+
 def test_clients_whose_handshake_is_done_may_send_their_requests_later(server: Server) -> None:
     """However many there are at one address: none has a thread wait for it, of which there are two."""
     with contextlib.ExitStack() as stack:

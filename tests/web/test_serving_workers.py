@@ -234,9 +234,9 @@ def test_workers_that_are_told_to_end_leave_their_listeners_to_the_next_ones() -
 def test_a_worker_that_cannot_start_beside_one_that_answers_gets_no_connections_until_it_can() -> None:
     with running(workers=2, threads=THREADS, broken="the other") as server, contextlib.ExitStack() as stack:
         assert server.process.stderr is not None
-        for line in server.process.stderr:
-            if "could not start and is tried again: The disk is full." in line:
-                break
+        failures = (line for line in server.process.stderr if "is tried again: The disk is full." in line)
+        assert next(failures)
+        assert next(failures)  # a second time its listener must not be shut down
         first = answered_by(server, opened(server, server.port, stack), stack)
         assert list(first.values()) == [CONNECTIONS]
         (server.folder / "first").unlink()  # what the worker looks at
