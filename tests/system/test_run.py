@@ -104,16 +104,57 @@ def test_it_serves_stops_and_continues_with_the_same_data(folder: Path) -> None:
 def test_a_start_that_is_interrupted_does_not_speak_as_if_a_portal_had_been_stopped(folder: Path) -> None:
     programs = folder / "venv" / "bin"
     programs.mkdir(parents=True)
-    os.mkfifo(folder / "begun")
-    (programs / "python").write_text(f'#!/bin/sh\n[ "$1" = -c ] || {{ echo begun >{folder}/begun; exec sleep 60; }}\n')
+    for pipe in ("begun", "answer"):
+        os.mkfifo(folder / pipe)
+    checks = f"echo begun >{folder}/begun; read -r answer <{folder}/answer"
+    (programs / "python").write_text(f'#!/bin/sh\n[ "$1" = -c ] || {{ {checks}; }}\n')
     (programs / "pip").symlink_to("/bin/true")
     (programs / "python").chmod(0o755)
     with Run(folder / "data", {"PORTAL_VENV": str(folder / "venv"), "PORTAL_BROKER_CONTROL": "files"}) as run:
         assert (folder / "begun").read_text() == "begun\n"
-        assert run.press_ctrl_c() == 130
+        os.killpg(run.process.pid, signal.SIGINT)
+        answer = os.open(folder / "answer", os.O_RDWR)  # which waits for no reader
+        os.write(answer, b"yes\n")
+        assert run.wait_end() == 130
+        os.close(answer)
     assert run.printed.endswith("\n\nInterrupted before the portal was started.\n")
     assert "Stopped." not in run.printed
     assert processes_with(str(folder / "data")) == []
+
+
+ASKS = """#!/bin/sh
+case $2 in
+    "") exit ;;
+    flask)
+        echo "effective=yes trust_anchor=none PORTAL_PUBLIC_URL=none PORTAL_MQTT_BIND=127.0.0.1 PORTAL_MQTT_TLS=1.2"
+        echo "PORTAL_BROKER_DIR=$PORTAL_DATA_DIR PORTAL_BROKER_SOCKET=$PORTAL_DATA_DIR/socket"
+        exec >&-
+        exec sleep 60 ;;
+esac
+trap 'echo "Traceback" >&2; exit 1' INT
+echo begun >"$FOLDER/begun"
+read -r answer <"$FOLDER/answer"
+"""
+
+
+def test_what_it_was_just_asking_says_nothing_when_it_is_interrupted(folder: Path) -> None:
+    programs = folder / "venv" / "bin"
+    programs.mkdir(parents=True)
+    for pipe in ("begun", "answer"):
+        os.mkfifo(folder / pipe)
+    (programs / "python").write_text(ASKS)
+    (programs / "python").chmod(0o755)
+    (programs / "pip").symlink_to("/bin/true")
+    settings = {"PORTAL_VENV": str(folder / "venv"), "PORTAL_BROKER_CONTROL": "files", "FOLDER": str(folder)}
+    with Run(folder / "data", settings) as run:
+        assert (folder / "begun").read_text() == "begun\n"
+        os.killpg(run.process.pid, signal.SIGINT)
+        answer = os.open(folder / "answer", os.O_RDWR)  # which waits for no reader
+        os.write(answer, b"yes\n")
+        assert run.wait_end() == 130
+        os.close(answer)
+    assert "Traceback" not in run.printed
+    assert run.printed.endswith(f"\nStopping.\nStopped. The data stay in {folder}/data; scripts/run uses them again.\n")
 
 
 @pytest.mark.parametrize("variable", ["PORTAL_BIND", "PORTAL_MQTT_PORT"])
