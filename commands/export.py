@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -56,9 +57,11 @@ def _format_of(out: Path | None) -> str:
 
 def _write_devices(portal: Remote, filters: dict[str, Any], write: Callable[[str], object], format_: str) -> int:
     """Write devices page by page, however many there are; return their number."""
+    pages = portal.client.pages("/devices", "devices", **filters)
+    first = next(pages)  # before anything is written, since what cannot be had must not look like an empty fleet
     write({"csv": csv_line(COLUMNS), "json": '{"devices": [\n', "ndjson": ""}[format_])
     count = 0
-    for page in portal.client.pages("/devices", "devices", **filters):
+    for page in itertools.chain([first], pages):
         for device in page["devices"]:
             if format_ == "csv":
                 write(csv_line_of(device, COLUMNS))

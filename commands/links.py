@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 from urllib.parse import urlsplit
@@ -15,6 +16,14 @@ _PATH = re.compile(r"/download/[A-Za-z0-9._~=-]{8,2048}")
 def new_idempotency_key() -> str:
     """Return 192 random bits as text: the portal seals with this key what it keeps for a repeat."""
     return secrets.token_urlsafe(24)
+
+
+def key_of_download(key: str) -> str:
+    """Return the idempotency key of the download that belongs to a request with an idempotency ``key``.
+
+    So the same command again fetches the same bundle, for as long as the portal keeps that.
+    """
+    return hashlib.sha256(f"download {key}".encode()).hexdigest()
 
 
 def check_link(link: str) -> str:

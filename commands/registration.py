@@ -31,7 +31,7 @@ from commands.delivery import Password, fetch, show_files, summary, unpack_fetch
 from commands.errors import CliError, ConnectionLost, Refused
 from commands.files import Folder, NewFile, ReservedFile, read_input, read_secret, write_new
 from commands.handover import show_handover
-from commands.links import check_link, new_idempotency_key
+from commands.links import check_link, key_of_download, new_idempotency_key
 from commands.output import Cell, moment, text
 from commands.times import VALIDITY
 from commands.vocabulary import (
@@ -173,7 +173,7 @@ def _issue_bundle(portal: Remote, operation: Operation, body: dict[str, Any], de
         if folder is not None:
             keep_password = chosen is None and password_file is None
             with _undelivered(portal, operation, answer[operation.about], password if keep_password else "", folder):
-                answer["files"] = _unpack(portal, answer, chosen or password, folder)
+                answer["files"] = _unpack(portal, answer, chosen or password, folder, key_of_download(sent))
                 needed = _is_key_encrypted(folder.path)  # the format may be that of the tenant
     shown = password if chosen is None and needed and password_file is None else ""
     _show(portal, operation, answer, shown, delivery.password_out)
@@ -184,8 +184,8 @@ def _is_key_encrypted(folder: Path) -> bool:
     return (folder / P12).exists() or b"ENCRYPTED" in (folder / KEY).read_bytes()
 
 
-def _unpack(portal: Remote, answer: dict[str, Any], password: str, folder: Folder) -> dict[str, Any]:
-    link, key = check_link(answer["download_url"]), new_idempotency_key()
+def _unpack(portal: Remote, answer: dict[str, Any], password: str, folder: Folder, key: str) -> dict[str, Any]:
+    link = check_link(answer["download_url"])
     try:
         content, kept = fetch(portal, link, folder.path, key)
     except CliError as error:

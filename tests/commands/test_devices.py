@@ -46,6 +46,15 @@ def test_all_pages_are_written_as_csv(session: Session, stub: PortalStub, monkey
     assert rows[0]["revoked_at"] == ""
 
 
+@pytest.mark.parametrize("format_", ["csv", "json"])
+def test_an_export_that_cannot_be_had_does_not_look_like_an_empty_fleet(
+    session: Session, stub: PortalStub, format_: str
+) -> None:
+    stub.replies["GET", "/devices"] = problem(503, "unavailable", "Not now.")
+    result = session.run("export", "--format", format_)
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
 def test_a_file_is_private_and_its_name_says_the_format(session: Session, stub: PortalStub, tmp_path: Path) -> None:
     device_id = stub.add_device()
     file = tmp_path / "fleet.ndjson"

@@ -256,6 +256,24 @@ def test_a_fetch_that_fails_loses_neither_link_nor_password(session: Session, st
     assert again.exit_code == 0, again.output
 
 
+def test_the_same_command_fetches_the_bundle_again_after_ctrl_c(
+    session: Session, stub: PortalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Client.fetch_bundle
+
+    def interrupted(*arguments: Any) -> None:
+        fetch(*arguments)
+        raise KeyboardInterrupt
+
+    command = [*REGISTER, "--out", "sensor", "--idempotency-key", "k" * 32]
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "fetch_bundle", interrupted)
+        assert session.run(*command).exit_code == 130
+    again = session.run(*command)
+    assert again.exit_code == 0, again.output
+    assert Path("sensor/device.key").is_file()
+
+
 def test_a_csr_brings_its_certificate(session: Session, stub: PortalStub) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
