@@ -170,10 +170,10 @@ class Readiness:
     def _is_being_enforced(self, state: BrokerStateRecord) -> bool:
         """Whether the broker is only as far behind as it always is while there are changes all the time.
 
-        It has been since this process started, and either the newest change or the last proof is not older than what a
-        client waits for one.
+        It has been since this process started, no attempt of this process has failed since, and either the newest
+        change or the last proof is not older than what a client waits for one.
         """
-        if state.applied_at is None or state.applied_at < self._started:
+        if state.applied_at is None or state.applied_at < self._started or self._reconciler.is_failing():
             return False
         now, most = self._clock(), timedelta(seconds=self._settings.enforce_timeout)
         times = [since for since in (state.applied_at, state.pending_since) if since is not None]

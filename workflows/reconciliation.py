@@ -138,7 +138,7 @@ class Reconciler:
             begun_before = self._begun
         if timeout is None:
             timeout = self._settings.enforce_timeout
-            if self._is_failing():
+            if self.is_failing():
                 timeout = min(timeout, AFTER_FAILURE_SECONDS)
         if not self._has_broker:
             return self._first_elsewhere(generation, time.monotonic() + timeout)
@@ -206,7 +206,7 @@ class Reconciler:
         """
         return self._prompt.apply(generation)
 
-    def _is_failing(self) -> bool:
+    def is_failing(self) -> bool:
         """Return whether the last reconciliation failed, and none has succeeded since, in any process.
 
         Meanwhile the jobs keep trying with the whole timeout. Requests that did would take up every thread.

@@ -193,7 +193,7 @@ def test_a_broker_folder_that_became_read_only() -> None:
         answer = faulty.revoke(revoked)
         assert (answer.status_code, answer.json()["broker"]) == (200, "pending")
         assert "Read-only file system" in answer.json()["broker_problem"]
-        assert "broker" in faulty.problems()
+        wait_until(lambda: "broker" in faulty.problems())  # at once in the worker that has tried
         faulty.files_are_good()
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         faulty.recovers(revoked=[revoked], active=[kept])
